@@ -1,0 +1,91 @@
+"""gresbox: parts for generalised referring expression segmentation - segment many things, one, or nothing.
+
+Everything public resolves from here, but lazily: importing gresbox imports torch alone. Functions live in their packages,
+``gresbox.ops`` foremost.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gresbox.blocks import (
+        AdaptiveInstanceAggregation,
+        GatedObjectText,
+        MSDeformPixelDecoder,
+        NoTargetHead,
+        ParallelObjectText,
+        PhraseObjectTransformer,
+        SequentialObjectText,
+        SharedObjectText,
+    )
+    from gresbox.data import GRefCOCO, SyntheticGRES
+    from gresbox.losses import InstAlignCriterion, InstAlignWeights, POALoss
+    from gresbox.matchers import HungarianInstanceMatcher
+    from gresbox.metrics import GRESMetric
+    from gresbox.models import create_model, list_models, load_model
+    from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
+
+__version__ = "0.1.0.dev0"
+
+_HOME = {
+    "gresbox.structures": ["GresOutput", "GresPrediction", "GresSample", "GresTarget", "InstancePrediction", "Recipe"],
+    "gresbox.blocks": [
+        "AdaptiveInstanceAggregation",
+        "GatedObjectText",
+        "MSDeformPixelDecoder",
+        "NoTargetHead",
+        "ParallelObjectText",
+        "PhraseObjectTransformer",
+        "SequentialObjectText",
+        "SharedObjectText",
+    ],
+    "gresbox.losses": ["InstAlignCriterion", "InstAlignWeights", "POALoss"],
+    "gresbox.matchers": ["HungarianInstanceMatcher"],
+    "gresbox.metrics": ["GRESMetric"],
+    "gresbox.data": ["GRefCOCO", "SyntheticGRES"],
+    "gresbox.models": ["create_model", "list_models", "load_model"],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "AdaptiveInstanceAggregation",
+    "GRESMetric",
+    "GRefCOCO",
+    "GatedObjectText",
+    "GresOutput",
+    "GresPrediction",
+    "GresSample",
+    "GresTarget",
+    "HungarianInstanceMatcher",
+    "InstAlignCriterion",
+    "InstAlignWeights",
+    "InstancePrediction",
+    "MSDeformPixelDecoder",
+    "NoTargetHead",
+    "POALoss",
+    "ParallelObjectText",
+    "PhraseObjectTransformer",
+    "Recipe",
+    "SequentialObjectText",
+    "SharedObjectText",
+    "SyntheticGRES",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's home when it is first asked for."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'gresbox' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
