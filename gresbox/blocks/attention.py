@@ -17,7 +17,8 @@ class MultiHeadAttention(nn.Module):
     .. math:: \mathrm{out} = W_o\,[\mathrm{softmax}(W_q q_h (W_k k_h)^T / \sqrt{D} + \mathcal M)\, W_v v_h]_h,\quad
               \mathcal M = 0 \text{ where the mask logit} \ge 0,\; -\infty \text{ elsewhere}
 
-    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 3.2.1, Eq. (2)-(3).
+    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 3.2.1,
+    Eq. (2)-(3).
     Differs from the paper: nothing; a query whose mask is empty reads everything, as in its code.
 
     Args:
@@ -49,7 +50,7 @@ class MultiHeadAttention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Xavier weights, zero biases. Mask2Former packs the three input projections in one (3C, C) matrix, whose Xavier bound is smaller."""
+        """Xavier weights, zero biases; with Mask2Former's gain, which packs the input projections into one (3C, C) matrix."""
         for layer in (self.q_proj, self.k_proj, self.v_proj):
             nn.init.xavier_uniform_(layer.weight, gain=2**-0.5)
             nn.init.zeros_(layer.bias)

@@ -21,7 +21,8 @@ class DeformableAttention(nn.Module):
     .. math:: \mathrm{out}(q, p) = W_o\,\Big[\sum_{l,k} A_{hlk}(q)\; W_v x_l\big(p + \Delta_{hlk}(q) / (W_l, H_l)\big)\Big]_h,\quad
               A_h = \mathrm{softmax}_{l,k}
 
-    Paper: Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159, Sec. 4.1, Eq. (3).
+    Paper: Zhu et al., "Deformable DETR: Deformable Transformers for End-to-End Object Detection", arXiv:2010.04159, Sec. 4.1,
+    Eq. (3).
     Differs from the paper: nothing. Offsets and weights are computed in float32 under autocast, because a location in bfloat16 is
     wrong by more than a pixel from 256 pixels on.
 
@@ -32,9 +33,9 @@ class DeformableAttention(nn.Module):
         num_points: Points per head and level.
 
     Shape:
-        - ``query``: ``(B, Q, C)``; ``reference``: ``(B, Q, levels, 2)`` xy in [0, 1], or ``(B, Q, levels, 4)`` boxes cxcywh: offsets are
-          then relative to half the box; ``value``: ``(B, S, C)``, the levels one after another; ``spatial_shapes``: ``[(H, W), ...]``;
-          ``valid``: ``(B, S)`` True on real pixels; returns ``(B, Q, C)``.
+        - ``query``: ``(B, Q, C)``; ``reference``: ``(B, Q, levels, 2)`` xy in [0, 1], or ``(B, Q, levels, 4)`` boxes cxcywh:
+          offsets are then relative to half the box; ``value``: ``(B, S, C)``, the levels one after another; ``spatial_shapes``:
+          ``[(H, W), ...]``; ``valid``: ``(B, S)`` True on real pixels; returns ``(B, Q, C)``.
 
     Raises:
         ValueError: If ``dim`` is not a multiple of ``num_heads``, or a shape does not fit.
@@ -96,10 +97,8 @@ class DeformableAttention(nn.Module):
         out = deformable_attention(projected.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights)
         return self.output_proj(out)
 
-    def _locations(
-        self, query: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]
-    ) -> tuple[Tensor, Tensor]:
-        """Where each head looks, ``(B, Q, heads, levels, points, 2)``, and with which weights, ``(B, Q, heads, levels, points)``."""
+    def _locations(self, query: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Where each head looks, ``(B, Q, heads, levels, points, 2)``, and how much it weighs what it sees, the same without xy."""
         heads = (self.num_heads, self.num_levels, self.num_points)
         offsets = _linear32(self.sampling_offsets, query).unflatten(-1, (*heads, 2))
         weights = _linear32(self.attention_weights, query).unflatten(-1, (self.num_heads, -1)).softmax(-1)

@@ -16,7 +16,8 @@ class MLP(nn.Module):
 
     .. math:: \mathrm{MLP}(x) = W_n\,\mathrm{ReLU}(\dots \mathrm{ReLU}(W_1 x + b_1) \dots) + b_n
 
-    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527 (the mask embedding head).
+    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527 (the mask
+    embedding head).
     Differs from the paper: nothing.
 
     Args:

@@ -20,9 +20,9 @@ class AdaptiveInstanceAggregation(nn.Module):
     .. math:: z = \sum_i \hat p_i\, \mathrm{PReLU}_a(\hat s_i) \;(+\, b),\qquad M_{merged} = \mathrm{Sigmoid}(z)
 
     Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Sec. 3.5, Eq. (8).
-    Differs from the paper: returns the logits ``z``; a pixel belongs to the mask where ``z > 0``, strictly. As printed, zero scores give
-    ``z = 0`` and many targets cancel each other's foreground; ``form="noisy_or"`` (the logit of the probability that at least one
-    relevant instance covers the pixel) and ``bias`` are ours and off by default.
+    Differs from the paper: returns the logits ``z``; a pixel belongs to the mask where ``z > 0``, strictly. As printed, zero
+    scores give ``z = 0`` and many targets cancel each other's foreground; ``form="noisy_or"`` (the logit of the probability that
+    at least one relevant instance covers the pixel) and ``bias`` are ours and off by default.
 
     Args:
         slope: Initial slope ``a`` of the PReLU for negative logits.
@@ -33,8 +33,8 @@ class AdaptiveInstanceAggregation(nn.Module):
         bias: Learn a number that is added to ``z``.
 
     Shape:
-        - ``masks``: ``(B, N, H, W)`` logits; ``scores``: ``(B, N)`` in [0, 1]; or one :class:`~gresbox.structures.InstancePrediction`, whose
-          masks are then never built.
+        - ``masks``: ``(B, N, H, W)`` logits; ``scores``: ``(B, N)`` in [0, 1]; or one
+          :class:`~gresbox.structures.InstancePrediction`, whose masks are then never built.
         - returns ``(B, H, W)`` logits.
 
     Raises:
@@ -78,9 +78,7 @@ class AdaptiveInstanceAggregation(nn.Module):
     def forward(self, masks: Tensor | InstancePrediction, scores: Tensor | None = None) -> Tensor:
         if isinstance(masks, InstancePrediction):
             scores = masks.score_logits.float().sigmoid()
-            return aggregate_queries(
-                masks.mask_embeddings, masks.pixels, scores, self.slope, bias=self.bias, form=self.form
-            )
+            return aggregate_queries(masks.mask_embeddings, masks.pixels, scores, self.slope, bias=self.bias, form=self.form)
         if scores is None:
             raise TypeError("AdaptiveInstanceAggregation: `scores` must be given with mask logits, got None.")
         return aggregate_masks(masks, scores, self.slope, bias=self.bias, form=self.form)

@@ -22,11 +22,12 @@ class NoTargetHead(nn.Module):
 
     Args:
         dim: Channels ``C`` of queries and tokens.
-        inputs: ``"both"``; ``"global"``: the weighted sum of the queries alone; ``"sentence"``: the mean of the tokens alone; ``"mean"``: the plain
-            mean of all queries alone (the paper's ablation).
+        inputs: ``"both"``; ``"global"``: the weighted sum of the queries alone; ``"sentence"``: the mean of the tokens alone;
+            ``"mean"``: the plain mean of all queries alone (the paper's ablation).
 
     Shape:
-        - ``queries``: ``(B, N, C)``; ``scores``: ``(B, N)`` in [0, 1]; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens.
+        - ``queries``: ``(B, N, C)``; ``scores``: ``(B, N)`` in [0, 1]; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on
+          real tokens.
         - returns ``(B,)`` logits; positive means "no target". A text of padding only has the mean 0.
 
     Raises:

@@ -46,9 +46,7 @@ class _ObjectText(nn.Module):
         token_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check(queries, tokens, valid)
-        from_text, from_objects = self.attend(
-            queries, tokens, valid, query_position=query_position, token_position=token_position
-        )
+        from_text, from_objects = self.attend(queries, tokens, valid, query_position=query_position, token_position=token_position)
         return self.query_norm(queries + from_text), self._renew(tokens, from_objects, valid)
 
     def _check(self, queries: Tensor, tokens: Tensor, valid: Tensor | None) -> None:
@@ -69,7 +67,8 @@ class _ObjectText(nn.Module):
 class ParallelObjectText(_ObjectText):
     r"""Two independent attentions, objects to text and text to objects, which read the same inputs.
 
-    .. math:: Q' = \mathrm{LN}(Q + \mathrm{MHA}_1(Q + e_Q,\; T + e_T,\; T)),\qquad T' = \mathrm{LN}(T + \mathrm{MHA}_2(T + e_T,\; Q + e_Q,\; Q))
+    .. math:: Q' = \mathrm{LN}(Q + \mathrm{MHA}_1(Q + e_Q,\; T + e_T,\; T)),\qquad
+              T' = \mathrm{LN}(T + \mathrm{MHA}_2(T + e_T,\; Q + e_Q,\; Q))
 
     Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Sec. 3.3.
     Differs from the paper: it names one bidirectional layer and no formula; this is the symmetric post-norm reading.
@@ -81,9 +80,10 @@ class ParallelObjectText(_ObjectText):
         update_text: False builds no text side: the tokens come back as they went in. For a last block whose text nobody reads.
 
     Shape:
-        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens; ``query_position``: ``(N, C)`` or
-          ``(B, N, C)``; ``token_position``: ``(L, C)`` or ``(B, L, C)``.
-        - returns the new queries and tokens, same shapes; padded tokens are zero. A text of padding only is read as its first token.
+        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens; ``query_position``:
+          ``(N, C)`` or ``(B, N, C)``; ``token_position``: ``(L, C)`` or ``(B, L, C)``.
+        - returns the new queries and tokens, same shapes; padded tokens are zero. A text of padding only is read as its first
+          token.
 
     Raises:
         ValueError: If a shape does not fit.
@@ -123,8 +123,8 @@ class GatedObjectText(ParallelObjectText):
 
     .. math:: Q' = \mathrm{LN}(Q + Q \odot \mathrm{MHA}_1(Q, T, T)),\qquad T' = \mathrm{LN}(T + T \odot \mathrm{MHA}_2(T, Q, Q))
 
-    Paper: Nguyen-Truong et al., "Vision-Aware Text Features in Referring Image Segmentation", arXiv:2404.08590 (its product gate), in the
-    place of the object-text layer of arXiv:2411.15087, Sec. 3.3.
+    Paper: Nguyen-Truong et al., "Vision-Aware Text Features in Referring Image Segmentation", arXiv:2404.08590 (its product
+    gate), in the place of the object-text layer of arXiv:2411.15087, Sec. 3.3.
     Differs from the paper: the residual and the norm are ours, so that blocks can be stacked; both directions read the same inputs.
 
     Args and Shape: as :class:`ParallelObjectText`.
@@ -207,7 +207,8 @@ class SharedObjectText(_ObjectText):
 class SequentialObjectText(_ObjectText):
     r"""One direction after the other; the second reads what the first has renewed.
 
-    .. math:: T' = \mathrm{LN}(T + \mathrm{MHA}_2(T + e_T, Q + e_Q, Q)),\qquad Q' = \mathrm{LN}(Q + \mathrm{MHA}_1(Q + e_Q, T' + e_T, T'))
+    .. math:: T' = \mathrm{LN}(T + \mathrm{MHA}_2(T + e_T, Q + e_Q, Q)),\qquad
+              Q' = \mathrm{LN}(Q + \mathrm{MHA}_1(Q + e_Q, T' + e_T, T'))
 
     (``first="text"``; with ``first="objects"`` the roles are swapped.)
 
@@ -234,9 +235,7 @@ class SequentialObjectText(_ObjectText):
         (torch.Size([2, 5, 16]), torch.Size([2, 3, 16]))
     """
 
-    def __init__(
-        self, dim: int, num_heads: int = 8, *, first: str = "text", text_ffn: int = 0, update_text: bool = True
-    ) -> None:
+    def __init__(self, dim: int, num_heads: int = 8, *, first: str = "text", text_ffn: int = 0, update_text: bool = True) -> None:
         check_choice("SequentialObjectText", "first", first, ("text", "objects"))
         update_text = update_text or first == "text"
         super().__init__(dim, text_ffn=text_ffn, update_text=update_text)
@@ -256,9 +255,7 @@ class SequentialObjectText(_ObjectText):
         self._check(queries, tokens, valid)
         if self.first == "text":
             tokens = self._read_objects(queries, tokens, valid, query_position, token_position)
-        change = _read_text(
-            self.objects_read, _add(queries, query_position), _add(tokens, token_position), tokens, valid
-        )
+        change = _read_text(self.objects_read, _add(queries, query_position), _add(tokens, token_position), tokens, valid)
         queries = self.query_norm(queries + change)
         if self.first == "objects":
             tokens = self._read_objects(queries, tokens, valid, query_position, token_position)

@@ -59,8 +59,8 @@ def attention_mask_logits(embeddings: Tensor, level_pixels: Tensor) -> Tensor:
         level_pixels: What :func:`downsample_pixels` returns.
 
     Shape:
-        - ``embeddings``: ``(B, N, C)``; ``level_pixels``: ``(B, C, h, w)``; returns ``(B, N, h * w)``, float32 (float64 for float64), without a
-          gradient.
+        - ``embeddings``: ``(B, N, C)``; ``level_pixels``: ``(B, C, h, w)``; returns ``(B, N, h * w)``, float32 (float64 for
+          float64), without a gradient.
 
     Example:
         >>> import torch
@@ -87,8 +87,9 @@ class PhraseObjectBlock(nn.Module):
         object_text: The object-text layer; None: the block of Mask2Former, and the tokens pass through.
 
     Shape:
-        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)``; ``key``, ``value``: ``(B, P, C)``, one memory level with and without its
-          position table; ``mask_logits``: ``(B, N, P)``; ``query_position``: ``(N, C)``; ``token_position``: ``(L, C)`` or None.
+        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)``; ``key``, ``value``: ``(B, P, C)``, one
+          memory level with and without its position table; ``mask_logits``: ``(B, N, P)``; ``query_position``: ``(N, C)``;
+          ``token_position``: ``(L, C)`` or None.
         - returns the new queries and tokens.
 
     Example:
@@ -122,9 +123,7 @@ class PhraseObjectBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         queries = self.cross_norm(queries + self.cross_attention(queries + query_position, key, value, mask_logits))
         if self.object_text is not None:
-            queries, tokens = self.object_text(
-                queries, tokens, valid, query_position=query_position, token_position=token_position
-            )
+            queries, tokens = self.object_text(queries, tokens, valid, query_position=query_position, token_position=token_position)
         placed = queries + query_position
         queries = self.self_norm(queries + self.self_attention(placed, placed, queries))
         return self.ffn(queries), tokens
@@ -137,8 +136,9 @@ class PhraseObjectTransformer(nn.Module):
               \hat p_k = W\,\mathrm{LN}(Q_k),\quad \hat s_k = \mathrm{MLP}(\mathrm{LN}(Q_k))\, V_4^T
 
     Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Sec. 3.3, Eq. (4).
-    Differs from the paper: Eq. (4) prints no perceptron on the queries; ``mask_head=nn.Identity()`` is that, the default is Mask2Former's
-    three layers. Heads read the queries through one shared norm. Masks stay factored: no step builds ``(B, N, H/4, W/4)``.
+    Differs from the paper: Eq. (4) prints no perceptron on the queries; ``mask_head=nn.Identity()`` is that, the default is
+    Mask2Former's three layers. Heads read the queries through one shared norm. Masks stay factored: no step builds
+    ``(B, N, H/4, W/4)``.
 
     Args:
         dim: Channels ``C``, a multiple of 4.
@@ -147,8 +147,8 @@ class PhraseObjectTransformer(nn.Module):
         ffn_dim: Width of the feed-forward layers.
         num_queries: Queries ``N``.
         num_levels: Memory levels; block ``k`` reads level ``(k - 1) mod num_levels``.
-        object_text: Called as ``object_text(dim, num_heads)`` once per block; ``functools.partial`` sets its options. None: the decoder
-            of Mask2Former, and the tokens pass through.
+        object_text: Called as ``object_text(dim, num_heads)`` once per block; ``functools.partial`` sets its options. None: the
+            decoder of Mask2Former, and the tokens pass through.
         mask_head: ``(B, N, C) -> (B, N, channels of pixels)``; None: three layers.
         score_prior: Relevance that every query starts with; a small one keeps the merged mask well-conditioned at the start.
         token_position: Add a sine table to the tokens inside object-text attention. Off: the text encoder has placed them.
@@ -157,14 +157,14 @@ class PhraseObjectTransformer(nn.Module):
         checkpoint: Recompute each block in the backward pass instead of storing its intermediate results.
 
     Shape:
-        - ``memories``: ``num_levels`` maps ``(B, C, h, w)``, lowest resolution first; ``pixels``: ``(B, C, H/4, W/4)``; ``tokens``: ``(B, L, C)``;
-          ``valid``: ``(B, L)`` True on real tokens.
-        - returns ``K + 1`` :class:`~gresbox.structures.InstancePrediction`; the first is what the learned queries predict before block 1. Padded
-          tokens are zero in all of them.
+        - ``memories``: ``num_levels`` maps ``(B, C, h, w)``, lowest resolution first; ``pixels``: ``(B, C, H/4, W/4)``;
+          ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens.
+        - returns ``K + 1`` :class:`~gresbox.structures.InstancePrediction`; the first is what the learned queries predict before
+          block 1. Padded tokens are zero in all of them.
 
     Raises:
-        ValueError: If ``num_layers`` or ``num_levels`` is below 1, ``score_prior`` is not in (0, 1), the number of memories is not ``num_levels``,
-            or a shape does not fit.
+        ValueError: If ``num_layers`` or ``num_levels`` is below 1, ``score_prior`` is not in (0, 1), the number of memories is
+            not ``num_levels``, or a shape does not fit.
 
     Example:
         >>> import torch
@@ -236,9 +236,7 @@ class PhraseObjectTransformer(nn.Module):
             steps.append(self._predict(queries, pixels, tokens, valid))
         return tuple(steps)
 
-    def _check(
-        self, memories: Sequence[Tensor], pixels: Tensor, tokens: Tensor, valid: Tensor | None
-    ) -> Tensor | None:
+    def _check(self, memories: Sequence[Tensor], pixels: Tensor, tokens: Tensor, valid: Tensor | None) -> Tensor | None:
         """Check the shapes; ``valid`` as bool."""
         if len(memories) != self.num_levels:
             raise ValueError(

@@ -60,8 +60,8 @@ class MSDeformPixelDecoder(nn.Module):
 
     Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 4.1; the pixel
     decoder of arXiv:2411.15087, Sec. 3.2.
-    Differs from the paper: nothing. Where ``dim`` is not a multiple of 32, the number of normalisation groups is their greatest common
-    divisor. There is no dropout, and no padding mask: images are never padded with invalid pixels here.
+    Differs from the paper: nothing. Where ``dim`` is not a multiple of 32, the number of normalisation groups is their greatest
+    common divisor. There is no dropout, and no padding mask: images are never padded with invalid pixels here.
 
     Args:
         in_channels: Channels of the four maps, stride 4 first.
@@ -115,14 +115,15 @@ class MSDeformPixelDecoder(nn.Module):
             _EncoderLayer(dim, len(coarse_first), num_heads, num_points, ffn_dim) for _ in range(num_layers)
         )
         self.lateral = nn.Sequential(nn.Conv2d(self.in_channels[0], dim, 1, bias=False), nn.GroupNorm(groups, dim))
-        self.smooth = nn.Sequential(
-            nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU()
-        )
+        self.smooth = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.GroupNorm(groups, dim), nn.ReLU())
         self.mask_projection = nn.Conv2d(dim, mask_dim or dim, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Mask2Former's: Xavier input projections, normal level embeddings, Kaiming (a = 1) for the top-down step; the layers have drawn theirs."""
+        """Mask2Former's values: Xavier for the input projections, normal for the levels, Kaiming with a = 1 for the rest.
+
+        The encoder layers draw their own when they are built.
+        """
         for projection in self.input_projections:
             nn.init.xavier_uniform_(projection[0].weight)  # type: ignore[index]
             nn.init.zeros_(projection[0].bias)  # type: ignore[index]
@@ -164,8 +165,8 @@ class MSDeformPixelDecoder(nn.Module):
         """Load the weights of a Mask2Former pixel decoder.
 
         Args:
-            state_dict: Parameters under Hugging Face's or the official names: those of the pixel decoder alone, or of a whole model, of
-                which everything outside the pixel decoder is left alone.
+            state_dict: Parameters under Hugging Face's or the official names: those of the pixel decoder alone, or of a whole
+                model, of which everything outside the pixel decoder is left alone.
 
         Raises:
             ValueError: If a parameter is missing, unknown or of another shape; nothing is loaded then.

@@ -28,7 +28,8 @@ def sine_position(
     .. math:: e_{2j}(y) = \sin\frac{\tilde y}{t^{4j/C}},\quad e_{2j+1}(y) = \cos\frac{\tilde y}{t^{4j/C}},\quad
               \tilde y = 2\pi\,\frac{y}{H + 10^{-6}},\; y = 1 \dots H
 
-    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 3.2.2 (the table of DETR).
+    Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 3.2.2 (the
+    table of DETR).
     Differs from the paper: nothing.
 
     Args:
