@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-__all__ = ["check_choice", "check_float", "check_range", "check_shape"]
+if TYPE_CHECKING:
+    from gresbox.structures import GresTarget
+
+__all__ = ["check_choice", "check_float", "check_range", "check_shape", "check_targets"]
 
 
 def check_shape(who: str, /, **named: tuple[Tensor, str]) -> dict[str, int]:
@@ -91,3 +97,27 @@ def check_range(who: str, argument: str, value: float, low: float | None = None,
         else:
             expected = f"in [{low}, {high}]"
         raise ValueError(f"{who}: `{argument}` must be {expected}, got {value}.")
+
+
+def check_targets(who: str, targets: Sequence[GresTarget], like: Tensor) -> None:
+    """Check that there is one target per image, on the device of the prediction.
+
+    Args:
+        who: The caller's public name.
+        targets: One target per image.
+        like: A tensor of the prediction, ``(B, ...)``.
+
+    Raises:
+        TypeError: If one is not a GresTarget.
+        ValueError: If their number is not B or one is on another device.
+    """
+    wrong = [type(target).__name__ for target in targets if not isinstance(getattr(target, "masks", None), Tensor)]
+    if wrong:
+        raise TypeError(f"{who}: `targets` must be a list of GresTarget, got {wrong[0]}.")
+    if len(targets) != like.shape[0]:
+        raise ValueError(f"{who}: `targets` must be one per image with B={like.shape[0]}, got {len(targets)}.")
+    for target in targets:
+        if target.masks.device != like.device:
+            raise ValueError(
+                f"{who}: `targets` must be on {like.device} like the prediction, got {target.masks.device}; move them with target.to()."
+            )
