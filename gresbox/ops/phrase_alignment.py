@@ -81,6 +81,6 @@ def align_phrases(
 
 def _cosine(product: Tensor, squared_a: Tensor, squared_b: Tensor) -> Tensor:
     """Cosine from an inner product and two squared lengths, in [-1, 1]; 0 without gradient where a length is zero."""
-    directed = (squared_a > _ZERO_LENGTH) & (squared_b > _ZERO_LENGTH)
+    directed = ~((squared_a <= _ZERO_LENGTH) | (squared_b <= _ZERO_LENGTH))  # NaN has a "direction", so that it is not hidden as 0
     scale = torch.where(directed, squared_a, 1).rsqrt() * torch.where(directed, squared_b, 1).rsqrt()
     return torch.where(directed, product * scale, 0).clamp(-1, 1)
