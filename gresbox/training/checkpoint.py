@@ -1,0 +1,177 @@
+"""Checkpoints that are either whole or absent.
+
+Each is a directory ``step-00000100`` that is written under another name, flushed to the disk and then renamed: a process that is
+killed at any moment leaves the previous checkpoint or the new one. Weights are safetensors; the rest is read with
+``weights_only=True``, so opening a stranger's checkpoint runs no code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+__all__ = ["Checkpoints", "TrainState", "get_random_state", "set_random_state", "write_atomically"]
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything beside the weights that a training needs to go on as if nothing had happened.
+
+    Args:
+        step: Optimiser steps done; with the run's seed it is also the position in the data order.
+        seconds: Training time so far.
+        optimizer: The optimiser's ``state_dict``.
+        random: One :func:`get_random_state` per process.
+        run: What must not change on the way (seed, batch, samples), to be compared on resuming.
+        scaler: The gradient scaler's ``state_dict`` of fp16 training.
+    """
+
+    step: int
+    seconds: float
+    optimizer: dict[str, Any]
+    random: list[dict[str, Any]]
+    run: dict[str, Any]
+    scaler: dict[str, Any] | None = None
+
+
+def get_random_state() -> dict[str, Any]:
+    """The state of Python's, NumPy's and torch's generators, as tensors and plain numbers.
+
+    Example:
+        >>> state = get_random_state()
+        >>> first = random.random()
+        >>> set_random_state(state)
+        >>> random.random() == first
+        True
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what :func:`get_random_state` took."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a temporary file or directory beside ``path``, flush it to the disk and rename it to ``path``.
+
+    Args:
+        path: The final name; a file there is replaced, a directory is removed first.
+        write: Is given the temporary path, which does not exist yet.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "numbers.json"
+        >>> write_atomically(path, lambda temporary: temporary.write_text("[1]"))
+        >>> path.read_text()
+        '[1]'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    _remove(temporary)
+    try:
+        write(temporary)
+        for item in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
+            _flush(item)
+        if path.is_dir():
+            _remove(path)
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary)
+        raise
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":  # Windows cannot open a directory
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: Where they are; made when the first is written.
+        keep: How many of the newest stay.
+    """
+
+    folder: Path
+    keep: int = 2
+
+    def steps(self) -> list[int]:
+        """The steps of the whole checkpoints, oldest first."""
+        names = [item.name for item in self.folder.glob("step-*") if (item / "state.pt").is_file()] if self.folder.is_dir() else []
+        return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+
+    def save(self, model: nn.Module, state: TrainState) -> Path:
+        """Write one checkpoint, then drop all but the newest ``keep``; each is also a model that ``load_model`` opens."""
+
+        def write(temporary: Path) -> None:
+            model.save_pretrained(str(temporary))  # type: ignore[operator]
+            torch.save(vars(state), temporary / "state.pt")
+            (temporary / "run.json").write_text(json.dumps({"step": state.step, "seconds": state.seconds, **state.run}, indent=2) + "\n")
+
+        path = self._path(state.step)
+        write_atomically(path, write)
+        for step in self.steps()[: -self.keep]:
+            _remove(self._path(step))
+        return path
+
+    def load(self, model: nn.Module, step: int) -> TrainState:
+        """Put the weights of a step into ``model`` and return the rest.
+
+        Raises:
+            ValueError: If the checkpoint cannot be read or belongs to another model.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_model
+
+        path = self._path(step)
+        try:
+            load_model(model, str(path / "model.safetensors"))
+            return TrainState(**torch.load(path / "state.pt", map_location="cpu", weights_only=True))
+        except (SafetensorError, RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".:") if str(error).strip() else type(error).__name__
+            raise ValueError(f"train: the checkpoint `{path}` cannot be read or belongs to another model ({reason}).") from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"

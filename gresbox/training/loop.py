@@ -1,0 +1,265 @@
+"""The training loop, on Hugging Face accelerate: one process, or several under ``torchrun`` or ``accelerate launch``."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gresbox.structures import Recipe
+from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
+from gresbox.training.checkpoint import Checkpoints, TrainState, get_random_state, set_random_state
+from gresbox.training.evaluation import evaluate
+from gresbox.training.options import TrainOptions
+from gresbox.training.order import StepOrder
+from gresbox.training.processes import gather_objects, same_everywhere, start_accelerator
+from gresbox.training.records import RunLog
+from gresbox.training.results import check_folder, save_results
+from gresbox.training.schedule import learning_rate_factor, set_learning_rates
+
+__all__ = ["Trainer", "train"]
+
+
+def train(
+    model: nn.Module,
+    train_set: Any,
+    val_set: Any,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    criterion: nn.Module | None = None,
+    resume: bool = False,
+) -> dict[str, float]:
+    """Train a model with its recipe, evaluate it and leave everything in a folder.
+
+    The folder gets ``checkpoints/`` and ``log.jsonl`` on the way and at the end what ``model.save_pretrained`` writes and
+    ``metrics.json``. Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a step
+    are the same, and losses per instance are divided by the instances of the whole step. A run that was killed continues, on the CPU
+    bit for bit, from its last checkpoint.
+
+    Args:
+        model: Any model of the library; trained in place.
+        train_set: Has a length and gives a :class:`gresbox.structures.GresSample` per index.
+        val_set: The same, for the evaluation; None: no evaluation.
+        out: The run's folder.
+        options: How long, how and where.
+        criterion: Output and targets to losses; default: ``model.criterion()``.
+        resume: Continue the run in ``out``; starts from the beginning where there is no checkpoint yet.
+
+    Returns:
+        What :func:`gresbox.training.evaluate` gives, and ``steps`` and ``seconds`` of training.
+
+    Raises:
+        ValueError: If an option is out of range, ``out`` holds a run and ``resume`` is False, or the run in ``out`` is another.
+        RuntimeError: If the loss is no longer finite, or the model has no tokenizer.
+        ImportError: If accelerate is not installed.
+    """
+    trainer = Trainer(model, train_set, val_set, Path(out), options or TrainOptions(), criterion=criterion)
+    return trainer.run(resume=resume)
+
+
+class Trainer:
+    """One training run; :func:`train` is the way in.
+
+    Args:
+        model: Trained in place.
+        train_set: Samples to train on.
+        val_set: Samples to score; None: no evaluation.
+        out: The run's folder.
+        options: How long, how and where.
+        criterion: Default: the model's.
+    """
+
+    def __init__(
+        self, model: nn.Module, train_set: Any, val_set: Any, out: Path, options: TrainOptions, *, criterion: nn.Module | None = None
+    ) -> None:
+        self.plain, self.train_set, self.val_set, self.out, self.options = model, train_set, val_set, out, options
+        self.recipe: Recipe = options.applied_to(model.recipe)  # type: ignore[arg-type]
+        self.accelerator = start_accelerator(self.recipe.amp, cpu=options.cpu)
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device: torch.device = self.accelerator.device
+        self.total_steps = options.total_steps(self.recipe, len(train_set))
+        self.order = StepOrder(
+            len(train_set),
+            self.recipe.batch,
+            self.total_steps,
+            accumulate=options.accumulate,
+            rank=self.rank,
+            world=self.world,
+            seed=options.seed,
+        )
+        self.criterion: Any = (model.criterion() if criterion is None else criterion).to(self.device)  # type: ignore[operator]
+        self.counts_instances = "num_instances" in inspect.signature(self.criterion.forward).parameters
+        self.checkpoints = Checkpoints(out / "checkpoints", options.keep_checkpoints)
+        self.identity = {"seed": options.seed, "batch": self.recipe.batch, "samples": len(train_set)}
+        self.step, self.seconds = 0, 0.0
+
+    def run(self, *, resume: bool = False) -> dict[str, float]:
+        """Train, evaluate, save; returns the scores."""
+        check_folder(self.out, self.checkpoints, resume=resume)
+        TrainingCollate(self.plain.processor)([self.train_set[0]])  # a clear error now, not one from inside a worker
+        self._seed()
+        groups = self.plain.parameter_groups(self.recipe.lr)  # type: ignore[operator]
+        self.plain.to(self.device)
+        fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters instead of a dozen small operations for each
+        self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=fused)
+        if resume and self.checkpoints.steps():
+            self._restore(self.checkpoints.load(self.plain, self.checkpoints.steps()[-1]))
+        self.plain.train()
+        self.wrapped, self.prepared = self.accelerator.prepare(self.plain, self.optimizer)
+        self.log = RunLog(
+            self.out,
+            start=self.step,
+            total=self.total_steps,
+            active=self.rank == 0,
+            progress=self.options.progress,
+            tensorboard=self.options.tensorboard,
+        )
+        try:
+            if self.options.evaluate_start and self.step == 0:
+                self._evaluate()
+            self._train()
+        finally:
+            self.log.close()
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
+        scores = {} if self.val_set is None else self._evaluate()
+        summary = {**scores, "steps": float(self.step), "seconds": self.seconds}
+        if self.rank == 0:
+            save_results(self.plain, self.out, summary, self.identity)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _seed(self) -> None:
+        """Another stream of random numbers in each process, all from one seed."""
+        seed = self.options.seed * 1_000_003 + self.rank
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _train(self) -> None:
+        options = self.options
+        sums: dict[str, Tensor] = {}
+        last_checkpoint = started = time.monotonic()
+        done_before, steps_before = self.seconds, self.step
+        for batches in self._steps():
+            sums = self._optimise(batches, sums)
+            self.step += 1
+            self.log.advance()
+            now = time.monotonic()
+            self.seconds = done_before + now - started
+            at_log = self.step % options.log_every == 0 or self.step == self.total_steps
+            late = due = False
+            if self.world == 1 or at_log:  # several processes ask the first one's clock, where they wait for each other anyway
+                late = options.max_seconds is not None and self.seconds >= options.max_seconds
+                due = 0 < options.checkpoint_seconds <= now - last_checkpoint
+                late, due = same_everywhere((late, due))
+            if at_log or late:
+                self._write_log(sums, self.step - steps_before)
+                sums, steps_before = {}, self.step
+            last = late or self.step == self.total_steps
+            if options.evaluate_every and self.step % options.evaluate_every == 0 and not last and self.val_set is not None:
+                self._evaluate()
+            if due or last or (options.checkpoint_every and self.step % options.checkpoint_every == 0):
+                self._save()
+                last_checkpoint = time.monotonic()
+            started += time.monotonic() - now  # evaluation and checkpoints are not training time
+            if last:
+                break
+
+    def _steps(self) -> Iterator[list[TrainingBatch]]:
+        """The micro-batches of each optimiser step that is still to be done."""
+        order = replace(self.order, start=self.step)
+        collate = TrainingCollate(self.plain.processor)
+        loader = iter(make_loader(self.train_set, order, collate, workers=self.options.workers, seed=self.options.seed))
+        for _ in range(self.step, self.total_steps):
+            yield [next(loader) for _ in range(self.options.accumulate)]
+
+    def _optimise(self, batches: list[TrainingBatch], sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One optimiser step; returns the running sums of losses and gradient norm, still on the device."""
+        set_learning_rates(self.optimizer, learning_rate_factor(self.recipe, self.step, self.total_steps))
+        extra = {"num_instances": self._num_instances(batches)} if self.counts_instances else {}
+        for index, batch in enumerate(batches):
+            inputs, targets = batch.on(self.device)
+            with ExitStack() as stack:
+                if index + 1 < len(batches):  # the processes add up their gradients once per optimiser step
+                    stack.enter_context(self.accelerator.no_sync(self.wrapped))
+                losses = self.criterion(self.wrapped(**inputs), targets, **extra)
+                self.accelerator.backward(losses["loss"] / len(batches))
+            for name, value in losses.items():
+                share = value.detach() / len(batches)
+                sums[name] = sums[name] + share if name in sums else share
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        limit = self.recipe.clip if self.recipe.clip > 0 else math.inf
+        norm = self.accelerator.clip_grad_norm_(parameters, limit)
+        sums["grad_norm"] = sums["grad_norm"] + norm if "grad_norm" in sums else norm
+        self.prepared.step()
+        self.prepared.zero_grad()
+        return sums
+
+    def _num_instances(self, batches: list[TrainingBatch]) -> float | Tensor:
+        """The normaliser of each micro-batch, so that the mean over processes and micro-batches is the whole batch's loss."""
+        count = float(sum(sum(batch.counts) for batch in batches))
+        parts = self.world * len(batches)
+        if self.world == 1:
+            return max(count, 1.0) / parts
+        total = torch.tensor(count, device=self.device)
+        torch.distributed.all_reduce(total)
+        return total.clamp(min=1.0) / parts  # a tensor: nobody waits for the device
+
+    def _write_log(self, sums: dict[str, Tensor], steps: int) -> None:
+        names = sorted(sums)
+        values = torch.stack([sums[name].float() for name in names]) / steps
+        if self.world > 1:
+            torch.distributed.all_reduce(values)
+            values = values / self.world
+        numbers = dict(zip(names, values.tolist(), strict=True))
+        if not math.isfinite(numbers["loss"]):
+            raise RuntimeError(
+                f"train: the loss must stay finite, got {numbers['loss']} between steps {self.step - steps} and {self.step}; lower"
+                " the learning rate or the clipping norm, then continue from the last checkpoint."
+            )
+        rate = max(group["lr"] for group in self.optimizer.param_groups)
+        epoch = self.step * self.recipe.batch / len(self.train_set)
+        self.log.write(self.step, {**numbers, "lr": rate, "epoch": epoch, "seconds": self.seconds})
+
+    def _evaluate(self) -> dict[str, float]:
+        scores = evaluate(self.plain, self.val_set, self.options.evaluation)
+        self.log.write(self.step, scores, kind="evaluation")
+        return scores
+
+    def _save(self) -> None:
+        everyone = gather_objects(get_random_state())
+        if self.rank == 0:
+            scaler = self.accelerator.scaler
+            self.checkpoints.save(
+                self.plain,
+                TrainState(
+                    step=self.step,
+                    seconds=self.seconds,
+                    optimizer=self.optimizer.state_dict(),
+                    random=everyone,
+                    run=self.identity,
+                    scaler=None if scaler is None else scaler.state_dict(),
+                ),
+            )
+
+    def _restore(self, state: TrainState) -> None:
+        for name, value in self.identity.items():
+            if state.run.get(name) != value:
+                raise ValueError(f"train: `{name}` must be {state.run.get(name)} to continue the run in {self.out}, got {value}.")
+        self.optimizer.load_state_dict(state.optimizer)
+        if len(state.random) == self.world:  # with another number of processes the streams cannot be the same
+            set_random_state(state.random[self.rank])
+        if state.scaler is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.step, self.seconds = state.step, state.seconds
