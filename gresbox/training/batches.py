@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gresbox.structures import GresSample, GresTarget
+from gresbox.training.randomness import seed_random
 
 __all__ = ["EvaluationBatch", "EvaluationCollate", "TrainingBatch", "TrainingCollate", "make_loader", "resize_target"]
 
@@ -140,7 +141,9 @@ class EvaluationCollate:
         )
 
 
-def make_loader(dataset: Any, batches: Iterable[list[tuple[int, int]]], collate: Any, *, workers: int = 0, seed: int = 0) -> DataLoader:
+def make_loader(
+    dataset: Any, batches: Iterable[list[tuple[int, int]]], collate: Any, *, workers: int = 0, seed: int = 0
+) -> DataLoader:
     """Load batches given as lists of ``(position, index)``.
 
     A worker seeds the global generators from the position before it fetches a sample, so a data set that draws random numbers gives
@@ -156,7 +159,7 @@ def make_loader(dataset: Any, batches: Iterable[list[tuple[int, int]]], collate:
     """
     return DataLoader(
         _Placed(dataset, seed),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         collate_fn=collate,
         num_workers=workers,
         generator=torch.Generator(),  # the loader would draw from the global generator otherwise
@@ -172,14 +175,7 @@ class _Placed(Dataset[Any]):
     def __getitem__(self, place: tuple[int, int]) -> Any:
         position, index = place
         if get_worker_info() is not None:
-            import random
-
-            import numpy as np
-
-            mixed = (self.seed * 1_000_003 + position) % 2**32
-            random.seed(mixed)
-            np.random.seed(mixed)
-            torch.manual_seed(mixed)
+            seed_random(self.seed * 1_000_003 + position)
         return self.dataset[index]
 
 

@@ -10,18 +10,16 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Checkpoints", "TrainState", "get_random_state", "set_random_state", "write_atomically"]
+__all__ = ["Checkpoints", "TrainState", "write_atomically"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class TrainState:
         step: Optimiser steps done; with the run's seed it is also the position in the data order.
         seconds: Training time so far.
         optimizer: The optimiser's ``state_dict``.
-        random: One :func:`get_random_state` per process.
+        random: One :func:`gresbox.training.randomness.get_random_state` per process.
         run: What must not change on the way (seed, batch, samples), to be compared on resuming.
         scaler: The gradient scaler's ``state_dict`` of fp16 training.
     """
@@ -43,39 +41,6 @@ class TrainState:
     random: list[dict[str, Any]]
     run: dict[str, Any]
     scaler: dict[str, Any] | None = None
-
-
-def get_random_state() -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, as tensors and plain numbers.
-
-    Example:
-        >>> state = get_random_state()
-        >>> first = random.random()
-        >>> set_random_state(state)
-        >>> random.random() == first
-        True
-    """
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`get_random_state` took."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -148,7 +113,8 @@ class Checkpoints:
         def write(temporary: Path) -> None:
             model.save_pretrained(str(temporary))  # type: ignore[operator]
             torch.save(vars(state), temporary / "state.pt")
-            (temporary / "run.json").write_text(json.dumps({"step": state.step, "seconds": state.seconds, **state.run}, indent=2) + "\n")
+            described = {"step": state.step, "seconds": state.seconds, **state.run}
+            (temporary / "run.json").write_text(json.dumps(described, indent=2) + "\n")
 
         path = self._path(state.step)
         write_atomically(path, write)

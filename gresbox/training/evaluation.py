@@ -52,8 +52,8 @@ class EvaluationOptions:
 def evaluate(model: nn.Module, dataset: Any, options: EvaluationOptions | None = None, *, metric: Any = None) -> dict[str, float]:
     """Score a model on a data set, through the same post-processing as ``model.predict``.
 
-    In a distributed run each process takes every ``world``-th sample and the sums are added up, so every sample counts once whatever
-    the number of processes. All processes must call this; all get the result.
+    In a distributed run each process takes every ``world``-th sample and the sums are added up, so every sample counts once
+    whatever the number of processes. All processes must call this; all get the result.
 
     Args:
         model: Any model of the library; its weights may be anywhere, its mode is put back afterwards.
@@ -103,7 +103,9 @@ def _score(model: nn.Module, batch: EvaluationBatch, metric: Any, device: torch.
     flags = None  # without a no-target output the metric's own rule decides from the mask
     if None not in probabilities:
         flags = torch.tensor([probability > threshold for probability in probabilities], device=device)
-    metric.update([answer.mask for answer in answers], [truth.to(device) for truth in batch.truths], flags, batch.no_target.to(device))
+    metric.update(
+        [answer.mask for answer in answers], [truth.to(device) for truth in batch.truths], flags, batch.no_target.to(device)
+    )
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -12,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from gresbox.structures import Recipe
 from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
-from gresbox.training.checkpoint import Checkpoints, TrainState, get_random_state, set_random_state
+from gresbox.training.checkpoint import Checkpoints, TrainState
 from gresbox.training.evaluation import evaluate
 from gresbox.training.options import TrainOptions
 from gresbox.training.order import StepOrder
 from gresbox.training.processes import gather_objects, same_everywhere, start_accelerator
+from gresbox.training.randomness import get_random_state, seed_random, set_random_state
 from gresbox.training.records import RunLog
 from gresbox.training.results import check_folder, save_results
 from gresbox.training.schedule import learning_rate_factor, set_learning_rates
@@ -43,9 +42,9 @@ def train(
     """Train a model with its recipe, evaluate it and leave everything in a folder.
 
     The folder gets ``checkpoints/`` and ``log.jsonl`` on the way and at the end what ``model.save_pretrained`` writes and
-    ``metrics.json``. Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a step
-    are the same, and losses per instance are divided by the instances of the whole step. A run that was killed continues, on the CPU
-    bit for bit, from its last checkpoint.
+    ``metrics.json``. Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a
+    step are the same, and losses per instance are divided by the instances of the whole step. A run that was killed continues, on
+    the CPU bit for bit, from its last checkpoint.
 
     Args:
         model: Any model of the library; trained in place.
@@ -81,7 +80,14 @@ class Trainer:
     """
 
     def __init__(
-        self, model: nn.Module, train_set: Any, val_set: Any, out: Path, options: TrainOptions, *, criterion: nn.Module | None = None
+        self,
+        model: nn.Module,
+        train_set: Any,
+        val_set: Any,
+        out: Path,
+        options: TrainOptions,
+        *,
+        criterion: nn.Module | None = None,
     ) -> None:
         self.plain, self.train_set, self.val_set, self.out, self.options = model, train_set, val_set, out, options
         self.recipe: Recipe = options.applied_to(model.recipe)  # type: ignore[arg-type]
@@ -108,7 +114,7 @@ class Trainer:
         """Train, evaluate, save; returns the scores."""
         check_folder(self.out, self.checkpoints, resume=resume)
         TrainingCollate(self.plain.processor)([self.train_set[0]])  # a clear error now, not one from inside a worker
-        self._seed()
+        seed_random(self.options.seed * 1_000_003 + self.rank)  # each process its own stream, all from one seed
         groups = self.plain.parameter_groups(self.recipe.lr)  # type: ignore[operator]
         self.plain.to(self.device)
         fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters instead of a dozen small operations for each
@@ -138,13 +144,6 @@ class Trainer:
             save_results(self.plain, self.out, summary, self.identity)
         self.accelerator.wait_for_everyone()
         return summary
-
-    def _seed(self) -> None:
-        """Another stream of random numbers in each process, all from one seed."""
-        seed = self.options.seed * 1_000_003 + self.rank
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
 
     def _train(self) -> None:
         options = self.options
