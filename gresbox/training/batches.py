@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from gresbox.data.transforms import resize_masks
 from gresbox.structures import GresSample, GresTarget
 from gresbox.training.randomness import seed_random
 
@@ -22,7 +22,7 @@ __all__ = ["EvaluationBatch", "EvaluationCollate", "TrainingBatch", "TrainingCol
 
 
 def resize_target(target: GresTarget, size: tuple[int, int]) -> GresTarget:
-    """The same target on another pixel grid: each pixel takes the value under its centre. Boxes and flags stay as they are.
+    """The same target on another pixel grid, by area; no instance vanishes. Boxes, being relative, and flags stay as they are.
 
     Args:
         target: What an expression refers to.
@@ -36,8 +36,7 @@ def resize_target(target: GresTarget, size: tuple[int, int]) -> GresTarget:
     if target.masks.shape[-2:] == size:
         return target
     assert target.merged is not None  # filled in by GresTarget
-    masks = torch.cat([target.masks, target.merged[None]])[None].to(torch.uint8)
-    masks = F.interpolate(masks, size=size, mode="nearest-exact")[0].bool()
+    masks = resize_masks(torch.cat([target.masks, target.merged[None]]), size)
     return replace(target, masks=masks[:-1], merged=masks[-1])
 
 

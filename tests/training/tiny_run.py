@@ -1,0 +1,69 @@
+"""Train a tiny InstAlign; run by the tests here, in processes that they kill and in processes that work together."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from gresbox.data import SyntheticGRES
+from gresbox.models import create_model
+from gresbox.structures import GresSample
+from gresbox.training import EvaluationOptions, TrainOptions, train
+
+
+class Slow:
+    """Samples that take their time, so that a process can be killed in the middle; some draw random numbers."""
+
+    def __init__(self, data: SyntheticGRES, delay: float = 0.0, noise: bool = False) -> None:
+        self.data, self.delay, self.noise = data, delay, noise
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> GresSample:
+        time.sleep(self.delay)
+        sample = self.data[index]
+        if self.noise:
+            sample.image.add_(torch.randint(0, 3, sample.image.shape, dtype=torch.uint8))
+        return sample
+
+
+def tiny_model(dropout: float = 0.0, **overrides: object):
+    torch.manual_seed(0)
+    model = create_model(
+        "instalign_tiny",
+        image_size=32,
+        dim=32,
+        num_queries=4,
+        num_layers=1,
+        pixel_layers=1,
+        ffn_dim=32,
+        pixel_ffn_dim=32,
+        **overrides,
+    )
+    for part in model.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = dropout
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--delay", type=float, default=0.0)
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--options", default="{}")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    options = TrainOptions(progress=False, cpu=True, evaluation=EvaluationOptions(batch=4), **json.loads(args.options))
+    data = Slow(SyntheticGRES("train", 24, image_size=32), args.delay, noise=args.dropout > 0)
+    train(tiny_model(args.dropout), data, SyntheticGRES("val", 5, image_size=32), args.out, options, resume=args.resume)
+
+
+if __name__ == "__main__":
+    main()
