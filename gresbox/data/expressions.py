@@ -53,19 +53,19 @@ def _fits(count: int, kind: str) -> bool:
 
 
 def _attribute(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the red circle": exactly one object fits."""
+    """Say "the red circle": exactly one object fits."""
     noun = draw_noun(stream, scene, level, absent=kind == "zero")
     return _Meaning(noun.said(stream), noun.matches(scene), (noun,))
 
 
 def _plural(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "all the circles": at least two objects fit."""
+    """Say "all the circles": at least two objects fit."""
     noun = draw_noun(stream, scene, level, absent=kind == "zero")
     return _Meaning(noun.said(stream, plural=True), noun.matches(scene), (noun,))
 
 
 def _conjunction(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the red circle and the blue square": both are there and different, or neither is."""
+    """Say "the red circle and the blue square": both are there and different, or neither is."""
     nouns = [draw_noun(stream, scene, level, absent=kind == "zero") for _ in range(2)]
     first, second = (noun.matches(scene) for noun in nouns)
     if kind == "zero":
@@ -79,7 +79,7 @@ def _conjunction(stream: Stream, scene: Scene, level: Level, kind: str) -> _Mean
 
 
 def _end(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the leftmost circle": of at least two, one is further out than all others by :data:`CLEAR`."""
+    """Say "the leftmost circle": of at least two, one is further out than all others by :data:`CLEAR`."""
     noun = _place_noun(stream, scene, level, kind)
     side, axis, sign = stream.choice(_SIDES)
     where = f"on the far {side}" if axis == "x" else f"at the very {side}"
@@ -95,7 +95,7 @@ def _end(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | No
 
 
 def _half(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the circle on the left": all that fit lie clearly in one half, those in the named half are meant."""
+    """Say "the circle on the left": all that fit lie clearly in one half, those in the named half are meant."""
     absent = kind == "zero" and (not level.textured or stream.chance(1, 2))
     noun = _place_noun(stream, scene, level, "zero" if absent else kind)
     side, axis, sign = stream.choice(_SIDES)
@@ -121,7 +121,7 @@ def _place_noun(stream: Stream, scene: Scene, level: Level, kind: str) -> Noun:
 
 
 def _count(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the two red circles": exactly two fit; another number of them is no target."""
+    """Say "the two red circles": exactly two fit; another number of them is no target."""
     noun = draw_noun(stream, scene, level, absent=kind == "zero" and stream.chance(1, 4))
     found = noun.matches(scene)
     number = stream.between(2, 4) if kind == "zero" else len(found)
@@ -133,7 +133,7 @@ def _count(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | 
 
 
 def _relation(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the circle left of the red square": one anchor, and every candidate is clearly so placed or clearly not."""
+    """Say "the circle left of the red square": one anchor, and every candidate is clearly so placed or clearly not."""
     absent = kind == "zero" and stream.chance(1, 4)
     subject, anchor = draw_noun(stream, scene, level), draw_noun(stream, scene, level, absent=absent)
     wordings, axis, sign = stream.choice(_RELATIONS)
@@ -154,7 +154,7 @@ def _relation(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning
 
 
 def _nearest(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the circle closest to the red square": of at least two, one is nearer than all others by :data:`CLEAR`."""
+    """Say "the circle closest to the red square": of at least two, one is nearer than all others by :data:`CLEAR`."""
     zero = kind == "zero"
     subject, anchor = draw_noun(stream, scene, level), draw_noun(stream, scene, level, absent=zero)
     text = f"the {subject.text()} {stream.choice(('closest to', 'nearest to'))} the {anchor.text()}"
@@ -172,7 +172,7 @@ def _nearest(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning 
 
 
 def _except(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "all the circles except the red one": at least two remain."""
+    """Say "all the circles except the red one": at least two remain."""
     exception = draw_noun(stream, scene, level, absent=kind == "zero")
     but = stream.choice(("except", "but"))
     found = exception.matches(scene)
@@ -198,7 +198,7 @@ def _except(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning |
 
 
 def _negation(stream: Stream, scene: Scene, level: Level, kind: str) -> _Meaning | None:
-    """ "the circle that is not red": objects of the shape without the attribute; there is one with it, too."""
+    """Say "the circle that is not red": objects of the shape without the attribute; there is one with it, too."""
     noun = draw_noun(stream, scene, level)
     value = noun.colour or noun.pattern or noun.size
     if not noun.shape or sum(map(bool, (noun.colour, noun.pattern, noun.size))) != 1:

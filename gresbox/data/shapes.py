@@ -97,4 +97,4 @@ def paint(
         rows = np.arange(inside.shape[0])[:, None] // cell
         columns = np.arange(inside.shape[1])[None, :] // cell
         odd = (rows if pattern == "striped" else rows + columns) % 2 == 1
-        part[inside & odd] = tuple(channel * 3 // 8 for channel in colour)
+        part[inside & odd] = tuple(channel // 4 for channel in colour)

@@ -94,7 +94,7 @@ class SyntheticGRES(Dataset[GresSample]):
         index = self._checked(index)
         scene, expression = self.scene(index)
         image, visible = render(scene)
-        number = SPLITS.index(self.split) * _IDS_PER_SPLIT + index + 1
+        number = self.number(index)
         sample = GresSample(
             image=torch.from_numpy(image.transpose(2, 0, 1).copy()),
             text=expression.text,
@@ -125,6 +125,14 @@ class SyntheticGRES(Dataset[GresSample]):
                     expression = draw_expression(stream, scene, level, kind, template, self.split)
                     if expression is not None:
                         return scene, expression
+
+    def number(self, index: int) -> int:
+        """The id of sample ``index``: of its picture, reference and sentence; different in all splits.
+
+        Args:
+            index: As for ``[index]``.
+        """
+        return SPLITS.index(self.split) * _IDS_PER_SPLIT + self._checked(index) + 1
 
     def _checked(self, index: int) -> int:
         if not -self.size <= index < self.size:
