@@ -119,5 +119,6 @@ def check_targets(who: str, targets: Sequence[GresTarget], like: Tensor) -> None
     for target in targets:
         if target.masks.device != like.device:
             raise ValueError(
-                f"{who}: `targets` must be on {like.device} like the prediction, got {target.masks.device}; move them with target.to()."
+                f"{who}: `targets` must be on {like.device} like the prediction, got {target.masks.device}; "
+                "move them with target.to()."
             )

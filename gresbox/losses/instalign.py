@@ -37,7 +37,8 @@ class InstAlignWeights:
 
     Example:
         >>> InstAlignWeights(phrase=0.5)
-        InstAlignWeights(score=2.0, mask=5.0, phrase=0.5, merged=5.0, instance=1.0, no_target=0.1, unmatched=None, no_target_classes=(1.0, 1.0))
+        InstAlignWeights(score=2.0, mask=5.0, phrase=0.5, merged=5.0, instance=1.0, no_target=0.1, unmatched=None,
+        no_target_classes=(1.0, 1.0))
     """
 
     score: float = 2.0
@@ -58,31 +59,32 @@ class InstAlignCriterion(nn.Module):
         + \sum_{i\,unmatched} \mathrm{BCE}(\hat p_i, 0) \Bigr)
 
     Paper: arXiv:2411.15087, Sec. 3.4-3.7, Eq. (5)-(9) and (13), weights from the supplement.
-    Differs from the paper: nothing that it states. Where it is silent, Mask2Former's habits: all decoder steps are supervised, each with
-    its own matching; sums over queries are divided by the number of target instances. The prediction before the first block has no
-    phrase loss, since it has seen neither image nor text. The merged and no-target losses are means over the batch.
+    Differs from the paper: nothing that it states. Where it is silent, Mask2Former's habits: all decoder steps are supervised,
+    each with its own matching; sums over queries are divided by the number of target instances. The prediction before the first
+    block has no phrase loss, since it has seen neither image nor text. The merged and no-target losses are means over the batch.
 
-    Only matched masks are built. Nothing waits for the device but the matcher's one copy. Two micro-batches of equal size, each with
-    ``num_instances`` = half of the instances of both, have the mean loss of the whole batch.
+    Only matched masks are built. Nothing waits for the device but the matcher's one copy. The mean loss of two micro-batches of
+    equal size, each with ``num_instances`` = half of the instances of both, is the loss of the whole batch.
 
     Args:
         matcher: Gives the query of each target instance for all steps, as ``HungarianInstanceMatcher.match_steps`` does.
         supervision: ``"phrase"``; ``"vanilla"``: no phrase term in cost and loss; ``"none"``: no instances, only merged mask and
             no-target flag.
         weights: The weights of the losses.
-        score_reduction: ``"instances"``: score losses are divided by the number of instances, like the others; ``"queries"``: mean over
-            all queries of the batch; ``"m2f"``: Mask2Former's mean weighted by class, which depends on the batch's composition.
+        score_reduction: ``"instances"``: score losses are divided by the number of instances, like the others; ``"queries"``: mean
+            over all queries of the batch; ``"m2f"``: Mask2Former's mean weighted by class, which depends on the whole batch.
         deep_supervision: Instance losses for all steps; False: for the last alone.
         merged_on_no_target: Whether samples without target take part in the merged loss; where not, they count as 0 in its mean.
-        aux_merged: A step's merged logits from its prediction, usually the model's aggregation: merged losses for all steps, summed.
+        aux_merged: Makes a step's merged logits of its prediction, usually the model's aggregation: merged losses for all steps,
+            summed.
         mask_loss: How masks are compared; default: on all pixels. ``MaskLoss(12544)`` is Mask2Former's way. The phrase loss is the
             attribute ``phrase_loss``, a :class:`POALoss`, and may be replaced.
 
     Shape:
-        - ``output``: what a model returns; ``targets``: one per image, all of one size; ``num_instances``: the normaliser, a positive
-          number or scalar tensor; default: the instances of this batch, at least 1.
+        - ``output``: what a model returns; ``targets``: one per image, all of one size; ``num_instances``: the normaliser, a
+          positive number or scalar tensor; default: the instances of this batch, at least 1.
         - returns a dict of float32 scalars: ``merged_bce``, ``merged_dice``, ``no_target``, ``score``, ``mask_bce``, ``mask_dice``,
-          ``phrase``, each weighted, and ``loss``, their sum. What a switch leaves out, or the model has no output for, has no entry.
+          ``phrase``, each weighted, and ``loss``, their sum. What a switch leaves out, or the model does not predict, has no entry.
 
     Raises:
         TypeError: If a target is not a GresTarget.
@@ -90,7 +92,8 @@ class InstAlignCriterion(nn.Module):
 
     Example:
         >>> import torch
-        >>> step = InstancePrediction(torch.zeros(1, 3), torch.randn(1, 3, 4), torch.randn(1, 4, 8, 8), torch.randn(1, 3, 4), torch.randn(1, 5, 4))
+        >>> queries, tokens = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
+        >>> step = InstancePrediction(torch.zeros(1, 3), queries, torch.randn(1, 4, 8, 8), queries, tokens)
         >>> output = GresOutput(torch.zeros(1, 8, 8), torch.zeros(1), step)
         >>> class FirstQueries(nn.Module):
         ...     def match_steps(self, predictions, targets, *, first_phrase_step):
@@ -149,14 +152,15 @@ class InstAlignCriterion(nn.Module):
         if aggregate is not None:
             merged += [aggregate(step) for step in output.aux]
         truth = torch.stack([_merged_of(target) for target in targets]).flatten(1)  # (B, H * W)
-        size = tuple(_merged_of(targets[0]).shape)
+        height, width = targets[0].masks.shape[-2:]
         counted = torch.ones(()) if self.merged_on_no_target else ~_flags(targets, truth.device)
         bce, dice = [], []
         for logits in merged:
-            values = replace(output, merged=logits).resized(size).flatten(1)
+            values = replace(output, merged=logits).resized((height, width)).flatten(1)
             bce.append((mask_bce(values, truth) * counted).mean())
             dice.append((mask_dice(values, truth) * counted).mean())
-        return {"merged_bce": self.weights.merged * torch.stack(bce).sum(), "merged_dice": self.weights.merged * torch.stack(dice).sum()}
+        weight = self.weights.merged
+        return {"merged_bce": weight * torch.stack(bce).sum(), "merged_dice": weight * torch.stack(dice).sum()}
 
     def _instances(self, output: GresOutput, targets: Sequence[GresTarget], normaliser: float | Tensor) -> dict[str, Tensor]:
         """Losses of score, masks and phrases, summed over the decoder steps."""
@@ -169,7 +173,8 @@ class InstAlignCriterion(nn.Module):
         matches = self.matcher.match_steps(steps, targets, first_phrase_step=first)  # (S, B, M)
         matched = matches >= 0
         losses = {"score": self._scores(steps, matches, normaliser)}
-        size = steps[0].pixels.shape[-2:] if self.mask_loss.num_points is None else None
+        height, width = steps[0].pixels.shape[-2:]
+        size = (height, width) if self.mask_loss.num_points is None else None
         truth, _ = stack_masks([target.masks for target in targets], size)
         bce, dice = self.mask_loss(matched_masks(steps, matches), truth)  # (B, S, M) each
         counted = matched.transpose(0, 1)
@@ -206,7 +211,7 @@ class InstAlignCriterion(nn.Module):
         return distance.unflatten(0, matches.shape[:2])
 
     def extra_repr(self) -> str:
-        return f"supervision={self.supervision!r}, score_reduction={self.score_reduction!r}, deep_supervision={self.deep_supervision}"
+        return f"supervision={self.supervision!r}, score_reduction={self.score_reduction!r}, weights={self.weights}"
 
 
 def _one_size(targets: Sequence[GresTarget]) -> None:

@@ -52,7 +52,8 @@ def matched_masks(predictions: Sequence[InstancePrediction], indices: Tensor) ->
 
     Example:
         >>> import torch
-        >>> step = InstancePrediction(torch.zeros(1, 9), torch.randn(1, 9, 4), torch.randn(1, 4, 8, 8), torch.zeros(1, 9, 4), torch.zeros(1, 3, 4))
+        >>> queries, tokens = torch.randn(1, 9, 4), torch.zeros(1, 3, 4)
+        >>> step = InstancePrediction(torch.zeros(1, 9), queries, torch.randn(1, 4, 8, 8), queries, tokens)
         >>> masks = matched_masks([step, step], torch.tensor([[[3, 5]], [[8, 0]]]))
         >>> masks.shape, torch.allclose(masks[0, 1, 0], step.masks[0, 8], atol=1e-5)
         (torch.Size([1, 2, 2, 8, 8]), True)
@@ -85,8 +86,8 @@ class MaskLoss(nn.Module):
         \mathrm{dice} = 1 - \frac{2 \sum_x \sigma(s_x) t_x + 1}{\sum_x \sigma(s_x) + \sum_x t_x + 1}
 
     Paper: arXiv:2411.15087, Sec. 3.4 (:math:`L_{mask}`); points as in Mask2Former, arXiv:2112.01527, Sec. 3.3.
-    Differs from the paper: by default on all pixels at the masks' size with area-averaged targets, which is exact and, at a quarter of
-    480 pixels, cheaper than Mask2Former's points; ``num_points=12544`` gives Mask2Former's way.
+    Differs from the paper: by default on all pixels at the masks' size with area-averaged targets, which is exact and, at a
+    quarter of 480 pixels, cheaper than Mask2Former's points; ``num_points=12544`` gives Mask2Former's way.
 
     Args:
         num_points: Points per mask; None: all pixels.
@@ -95,8 +96,8 @@ class MaskLoss(nn.Module):
         generator: Source of the random points.
 
     Shape:
-        - ``masks``: ``(B, S, M, h, w)`` logits; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size unless points are
-          sampled.
+        - ``masks``: ``(B, S, M, h, w)`` logits; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size unless points
+          are sampled.
         - returns two ``(B, S, M)``: bce and dice.
 
     Raises:

@@ -14,11 +14,11 @@ __all__ = ["NoTargetLoss", "no_target_loss"]
 def no_target_loss(logits: Tensor, no_target: Tensor, *, class_weights: tuple[float, float] = (1.0, 1.0)) -> Tensor:
     r"""Binary cross-entropy of the no-target logits, averaged over the batch.
 
-    .. math:: L = \frac1B \sum_b w_{y_b}\, \mathrm{BCE}(\sigma(z_b), y_b), \quad y_b = 1 \text{ where the expression refers to nothing}
+    .. math:: L = \frac1B \sum_b w_{y_b}\, \mathrm{BCE}(\sigma(z_b), y_b), \quad y_b = 1 \text{ where nothing is referred to}
 
     Paper: arXiv:2411.15087, Sec. 3.6-3.7, Eq. (12)-(13).
-    Differs from the paper: nothing by default. ReLA's class weights (0.9, 1.1) are an option; the sum is divided by B, not by the sum of
-    the weights, so that the mean over micro-batches of equal size is the mean over the batch.
+    Differs from the paper: nothing by default. ReLA's class weights (0.9, 1.1) are an option; the sum is divided by B, not by
+    the sum of the weights, so that the mean over micro-batches of equal size is the mean over the batch.
 
     Args:
         logits: No-target logits; positive = nothing is referred to.

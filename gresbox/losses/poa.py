@@ -56,7 +56,8 @@ class POALoss(nn.Module):
         detach_tokens: Let no gradient flow into the text features.
 
     Shape:
-        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens; returns ``(B, N)`` in [0, 2].
+        - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)`` True on real tokens.
+        - returns ``(B, N)`` in [0, 2].
 
     Example:
         >>> import torch

@@ -144,7 +144,7 @@ class HungarianInstanceMatcher(nn.Module):
         masks = [target.masks for target in targets]
         points = None
         if self.num_points is None:
-            truth, _ = stack_masks(masks, pixels.shape[-2:])
+            truth, _ = stack_masks(masks, (pixels.shape[-2], pixels.shape[-1]))
         else:
             size = (pixels.shape[0], self.num_points, 2)
             points = torch.rand(size, generator=self.generator, device=pixels.device)
@@ -158,7 +158,7 @@ class HungarianInstanceMatcher(nn.Module):
         return torch.stack([bce for bce, _ in costs]), torch.stack([dice for _, dice in costs])
 
     def _blame(self, predictions: Sequence[InstancePrediction], first_phrase_step: int) -> str:
-        """Name the cost that was not a number and the tensor it came from; runs after the fact, so that a good step pays nothing."""
+        """Name the cost that was not a number and the tensor it came from; runs after the error, so a good step pays nothing."""
         for index, step in enumerate(predictions):
             read = [("score", "score_logits", self.score), ("mask bce and mask dice", "mask_embeddings", self.mask)]
             read += [("mask bce and mask dice", "pixels", self.mask)]
@@ -170,8 +170,11 @@ class HungarianInstanceMatcher(nn.Module):
                     values = values[step.valid.bool()]
                 if weight and not values.isfinite().all():
                     kind = "NaN" if values.isnan().any() else "infinite"
-                    return f"HungarianInstanceMatcher: `{name}` of step {index} must be finite because the {term} cost reads it, got {kind} values."
-        return "HungarianInstanceMatcher: `predictions` must give finite mask costs, got NaN from finite inputs: mask logits overflow."
+                    because = f"must be finite because the {term} cost reads it, got {kind} values."
+                    return f"HungarianInstanceMatcher: `{name}` of step {index} {because}"
+        return (
+            "HungarianInstanceMatcher: `predictions` must give finite mask costs, got NaN of finite inputs: mask logits overflow."
+        )
 
     def extra_repr(self) -> str:
         return f"score={self.score}, mask={self.mask}, phrase={self.phrase}, num_points={self.num_points}"
@@ -190,7 +193,7 @@ def _check_steps(predictions: Sequence[InstancePrediction]) -> None:
 
 
 def _at(pixels: Tensor, points: Tensor | None) -> Tensor:
-    """Pixel features at points as a map ``(B, C, P, 1)``: sampling is linear, so it may come before the product with the queries."""
+    """Pixel features at points as a map ``(B, C, P, 1)``; sampling is linear, so it may come before the product with queries."""
     return pixels if points is None else point_sample(pixels, points)[..., None]
 
 

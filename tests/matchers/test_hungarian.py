@@ -73,7 +73,8 @@ def test_costs_and_matching_are_the_papers(golden, seen_costs, case):
 def test_each_cost_term_is_the_papers(golden, seen_costs):
     step, target, at = golden_case(golden("instalign_matching"), "a")
     off = {"score": 0.0, "mask": 0.0, "phrase": 0.0}
-    for only, expected in {"score": at["cost_score"], "mask": at["cost_bce"] + at["cost_dice"], "phrase": at["cost_phrase"]}.items():
+    terms = {"score": at["cost_score"], "mask": at["cost_bce"] + at["cost_dice"], "phrase": at["cost_phrase"]}
+    for only, expected in terms.items():
         HungarianInstanceMatcher(**{**off, only: 1.0})(step, [target])
         torch.testing.assert_close(seen_costs.pop()[0], expected.expand(-1, 3), rtol=1e-9, atol=1e-9)
 
@@ -246,11 +247,9 @@ def test_images_are_matched_independently():
     steps, targets = random_steps(3), random_targets([2, 0, 4])
     matcher = HungarianInstanceMatcher()
     together = matcher.match_steps(steps, targets)
+    names = ("score_logits", "mask_embeddings", "pixels", "queries", "tokens", "valid")
     for b in range(3):
-        part = [
-            InstancePrediction(*(getattr(s, n)[b : b + 1] for n in ("score_logits", "mask_embeddings", "pixels", "queries", "tokens", "valid")))
-            for s in steps
-        ]
+        part = [InstancePrediction(*(getattr(step, name)[b : b + 1] for name in names)) for step in steps]
         alone = matcher.match_steps(part, [targets[b]])
         assert torch.equal(together[:, b, : alone.shape[-1]], alone[:, 0])
 
@@ -308,7 +307,7 @@ def test_a_nan_cost_names_its_term_and_source(field, term):
     else:
         getattr(steps[2], field)[1, 0] = torch.nan
         where = 2
-    expected = f"^HungarianInstanceMatcher: `{field}` of step {where} must be finite because the {term} cost reads it, got NaN values.$"
+    expected = f"^HungarianInstanceMatcher: `{field}` of step {where} must be finite because the {term} cost reads it, got NaN"
     with pytest.raises(ValueError, match=expected):
         HungarianInstanceMatcher().match_steps(steps, random_targets([1, 2]))
 
@@ -341,11 +340,15 @@ def test_nan_in_padding_does_not_matter():
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        (ValueError, lambda s, t: (s, t[:1]), r"HungarianInstanceMatcher: `targets` must be one per image with B=2, got 1\."),
-        (TypeError, lambda s, t: (s, [t[0], {"masks": 1}]), r"HungarianInstanceMatcher: `targets` must be a list of GresTarget, got dict\."),
-        (ValueError, lambda s, t: (s, [t[0], t[1].to("meta")]), r"`targets` must be on cpu like the prediction, got meta; move them with"),
-        (ValueError, lambda s, t: ([], t), r"HungarianInstanceMatcher: `predictions` must be at least one decoder step, got none\."),
-        (ValueError, lambda s, t: ([s[0], *random_steps(queries=5)], t), r"`score_logits of step 1` must be \(B, N\) with N=6, got \(2, 5\)\."),
+        (ValueError, lambda s, t: (s, t[:1]), r"^HungarianInstanceMatcher: `targets` must be one per image with B=2, got 1\."),
+        (TypeError, lambda s, t: (s, [t[0], {"masks": 1}]), r"`targets` must be a list of GresTarget, got dict\."),
+        (ValueError, lambda s, t: (s, [t[0], t[1].to("meta")]), r"must be on cpu like the prediction, got meta; move them with"),
+        (ValueError, lambda s, t: ([], t), r"`predictions` must be at least one decoder step, got none\."),
+        (
+            ValueError,
+            lambda s, t: ([s[0], *random_steps(queries=5)], t),
+            r"`score_logits of step 1` must be \(B, N\) with N=6, got",
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line(kind, change, message):
