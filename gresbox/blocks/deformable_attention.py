@@ -104,8 +104,9 @@ class DeformableAttention(nn.Module):
         weights = _linear32(self.attention_weights, query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
         reference = reference.to(offsets.dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
-            size = torch.tensor([[w, h] for h, w in spatial_shapes], dtype=offsets.dtype, device=offsets.device)
-            locations = reference + offsets / size[:, None]
+            # filled on the device: a tensor made from a list would be copied there and stall it
+            size = torch.stack([offsets.new_full((), float(side)) for h, w in spatial_shapes for side in (w, h)])
+            locations = reference + offsets / size.view(-1, 1, 2)
         elif reference.shape[-1] == 4:
             locations = reference[..., :2] + offsets / self.num_points * reference[..., 2:] * 0.5
         else:

@@ -77,7 +77,8 @@ class AdaptiveInstanceAggregation(nn.Module):
 
     def forward(self, masks: Tensor | InstancePrediction, scores: Tensor | None = None) -> Tensor:
         if isinstance(masks, InstancePrediction):
-            scores = masks.score_logits.float().sigmoid()
+            logits = masks.score_logits
+            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
             return aggregate_queries(masks.mask_embeddings, masks.pixels, scores, self.slope, bias=self.bias, form=self.form)
         if scores is None:
             raise TypeError("AdaptiveInstanceAggregation: `scores` must be given with mask logits, got None.")

@@ -58,8 +58,7 @@ class NoTargetHead(nn.Module):
                 parts.append(_masked_mean(tokens, valid))
             if self.inputs == "mean":
                 parts.append(queries.to(_wide(queries)).mean(1))
-        dtype = self.mlp.layers[0].weight.dtype
-        return self.mlp(torch.cat(parts, dim=-1).to(dtype))[:, 0]
+        return self.mlp(torch.cat(parts, dim=-1).to(queries.dtype))[:, 0]
 
     def extra_repr(self) -> str:
         return f"inputs={self.inputs!r}"

@@ -129,7 +129,7 @@ class MSDeformPixelDecoder(nn.Module):
             nn.init.zeros_(projection[0].bias)  # type: ignore[index]
         nn.init.normal_(self.level_embedding)
         for conv in (self.lateral[0], self.smooth[0], self.mask_projection):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
+            nn.init.kaiming_uniform_(conv.weight, a=1)  # type: ignore[arg-type]
         nn.init.zeros_(self.mask_projection.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
