@@ -107,7 +107,7 @@ class Trainer:
         self.criterion: Any = (model.criterion() if criterion is None else criterion).to(self.device)  # type: ignore[operator]
         self.counts_instances = "num_instances" in inspect.signature(self.criterion.forward).parameters
         self.checkpoints = Checkpoints(out / "checkpoints", options.keep_checkpoints)
-        self.identity = {"seed": options.seed, "batch": self.recipe.batch, "samples": len(train_set)}
+        self.identity = {"seed": options.seed, "batch": self.recipe.batch, "train_samples": len(train_set)}
         self.step, self.seconds = 0, 0.0
 
     def run(self, *, resume: bool = False) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -56,6 +57,8 @@ def start_accelerator(amp: str = "no", *, cpu: bool = False) -> Any:
     if AcceleratorState._shared_state:  # one process may train twice: with another precision, or on another device
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
         AcceleratorState._reset_state(reset_partial_state=alone)
+    # A depth-wise convolution's gradient has other strides than its bucket: a matter of speed that nobody can change.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     buckets = DistributedDataParallelKwargs(gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=amp, cpu=cpu, kwargs_handlers=[buckets])
 

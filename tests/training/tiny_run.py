@@ -36,7 +36,7 @@ def tiny_model(dropout: float = 0.0, **overrides: object):
     torch.manual_seed(0)
     model = create_model(
         "instalign_tiny",
-        image_size=32,
+        image_size=64,
         dim=32,
         num_queries=4,
         num_layers=1,
@@ -51,18 +51,23 @@ def tiny_model(dropout: float = 0.0, **overrides: object):
     return model
 
 
+def tiny_training(
+    out: Path, *, delay: float = 0.0, random: bool = False, resume: bool = False, **options: object
+) -> dict[str, float]:
+    """A short training; ``random``: with dropout and data that draw random numbers."""
+    numbers = TrainOptions(progress=False, cpu=True, evaluation=EvaluationOptions(batch=2), **options)
+    data = Slow(SyntheticGRES("train", 24, image_size=64), delay, random)
+    return train(tiny_model(0.1 if random else 0.0), data, SyntheticGRES("val", 5, image_size=64), out, numbers, resume=resume)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--delay", type=float, default=0.0)
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--options", default="{}")
-    args = parser.parse_args()
+    parser.add_argument("runs", help="a list of the arguments of tiny_training, as JSON")
     torch.set_num_threads(1)
-    options = TrainOptions(progress=False, cpu=True, evaluation=EvaluationOptions(batch=4), **json.loads(args.options))
-    data = Slow(SyntheticGRES("train", 24, image_size=32), args.delay, noise=args.dropout > 0)
-    train(tiny_model(args.dropout), data, SyntheticGRES("val", 5, image_size=32), args.out, options, resume=args.resume)
+    for run in json.loads(parser.parse_args().runs):
+        tiny_training(Path(run.pop("out")), **run)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
