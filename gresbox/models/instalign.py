@@ -1,0 +1,257 @@
+"""InstAlign, composed of the library's blocks; its presets are the numbers at the end of this file.
+
+Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from gresbox._checks import check_choice, check_shape
+from gresbox.blocks import (
+    AdaptiveInstanceAggregation,
+    GatedObjectText,
+    MSDeformPixelDecoder,
+    NoTargetHead,
+    ParallelObjectText,
+    PhraseObjectTransformer,
+    SequentialObjectText,
+    SharedObjectText,
+)
+from gresbox.losses import InstAlignCriterion, MaskLoss
+from gresbox.matchers import HungarianInstanceMatcher
+from gresbox.models.base import GresModel
+from gresbox.models.encoders import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from gresbox.models.processor import GresProcessor, word_tokenizer
+from gresbox.models.vocabulary import WORDS
+from gresbox.structures import GresOutput, Recipe
+
+__all__ = ["INSTALIGN_SWIN_BASE", "INSTALIGN_SWIN_TINY", "INSTALIGN_TINY", "InstAlign", "InstAlignConfig"]
+
+OBJECT_TEXT: dict[str, Callable[[int, int], nn.Module] | None] = {
+    "parallel": ParallelObjectText,
+    "shared": SharedObjectText,
+    "sequential": SequentialObjectText,
+    "gated": GatedObjectText,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class InstAlignConfig:
+    """The numbers of an InstAlign model; the defaults are the paper's (Sec. 4.1) and, where it is silent, Mask2Former's.
+
+    Args:
+        image_encoder: The timm model.
+        text_encoder: The transformers model.
+        vocabulary: Words of a word-level tokenizer; empty: the tokenizer comes with the text encoder's pretrained weights.
+        image_size: Side of the square that pictures are resized to.
+        max_tokens: Longest expression in tokens, special tokens included.
+        dim: Width ``C`` of queries, tokens and pixel features.
+        num_queries: Object queries ``N`` (Table 3d: 20, 50, 100, 200).
+        num_layers: Phrase-object blocks ``K``.
+        num_heads: Attention heads.
+        ffn_dim: Hidden width of the blocks' feed-forward layers.
+        pixel_layers: Deformable encoder layers of the pixel decoder.
+        pixel_ffn_dim: Their hidden width.
+        object_text: ``"parallel"``, ``"shared"``, ``"sequential"``, ``"gated"`` or ``"none"`` (Table 3e: a decoder without text).
+        literal_masks: Mask embeddings are the queries themselves (eq. 4 as printed) instead of a 3-layer MLP of them.
+        score_prior: Relevance that every query starts with.
+        aggregation: ``"prelu"`` (eq. 8), ``"noisy_or"`` or ``"select"`` (Table 3b: fixed selection).
+        aggregation_prelu: Keep the PReLU of eq. 8 (Table 3b: without).
+        slope: Initial slope of the PReLU.
+        slope_per_query: One slope per query instead of one for all.
+        aggregation_bias: Add a learnable scalar to the merged logits.
+        no_target_inputs: ``"both"``, ``"global"``, ``"sentence"`` or ``"mean"`` (Table 3c).
+        gradient_checkpointing: Recompute the blocks in the backward pass.
+        recipe: The training numbers.
+    """
+
+    image_encoder: ImageEncoderConfig = ImageEncoderConfig("swin_base_patch4_window12_384.ms_in22k", {"drop_path_rate": 0.3}, True)
+    text_encoder: TextEncoderConfig = TextEncoderConfig(
+        "roberta",
+        {
+            "vocab_size": 50265,
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 514,
+            "type_vocab_size": 1,
+            "layer_norm_eps": 1e-5,
+            "pad_token_id": 1,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        "FacebookAI/roberta-base",
+    )
+    vocabulary: tuple[str, ...] = ()
+    image_size: int = 480
+    max_tokens: int = 20
+    dim: int = 256
+    num_queries: int = 100
+    num_layers: int = 9
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    pixel_layers: int = 6
+    pixel_ffn_dim: int = 1024
+    object_text: str = "parallel"
+    literal_masks: bool = False
+    score_prior: float = 0.01
+    aggregation: str = "prelu"
+    aggregation_prelu: bool = True
+    slope: float = 0.25
+    slope_per_query: bool = False
+    aggregation_bias: bool = False
+    no_target_inputs: str = "both"
+    gradient_checkpointing: bool = False
+    recipe: Recipe = Recipe()
+
+
+class InstAlign(GresModel):
+    r"""Instance-aware generalized referring expression segmentation.
+
+    Encoders and a pixel decoder give multi-scale visual features :math:`V`, word features :math:`T_0`; ``K`` phrase-object blocks
+    refine ``N`` queries and the words together; each step predicts instances; the last step's are aggregated into one mask, and a
+    head says whether the expression refers to anything.
+
+    Paper: Nguyen et al., arXiv:2411.15087, Sec. 3 and Fig. 2.
+    Differs from the paper: nothing by default; what the paper leaves open is listed in the documentation's page "Papers".
+
+    Args:
+        config: The numbers.
+        pretrained: Fetch the encoders' weights and the tokenizer (the only time that the network is used).
+
+    Shape:
+        - ``images``: ``(B, 3, S, S)`` normalised; ``input_ids``, ``attention_mask``: ``(B, L)``.
+        - returns a :class:`gresbox.structures.GresOutput` with ``merged`` ``(B, S/4, S/4)``.
+
+    Raises:
+        ValueError: If an option of ``config`` is unknown or the inputs' shapes disagree.
+
+    Example:
+        >>> from gresbox import create_model
+        >>> model = create_model("instalign_tiny").eval()
+        >>> batch = model.processor([torch.zeros(3, 48, 64, dtype=torch.uint8)], ["the red circle"])
+        >>> output = model(**batch)
+        >>> output.merged.shape[0], tuple(output.no_target.shape)
+        (1, (1,))
+    """
+
+    config_class = InstAlignConfig
+    part_names = ("image_encoder", "text_encoder", "pixel_decoder", "decoder", "aggregation", "no_target_head")
+
+    def __init__(self, config: InstAlignConfig, *, pretrained: bool = False) -> None:
+        super().__init__()
+        check_choice("InstAlignConfig", "object_text", config.object_text, tuple(OBJECT_TEXT))
+        self.config = config
+        tokenizer = word_tokenizer(config.vocabulary) if config.vocabulary else None
+        if pretrained and tokenizer is None:
+            tokenizer = _pretrained_tokenizer(config.text_encoder.pretrained)
+        self.processor = GresProcessor(config.image_size, tokenizer, max_tokens=config.max_tokens)
+        self.image_encoder = ImageEncoder(config.image_encoder, image_size=config.image_size, pretrained=pretrained)
+        vocab_size = len(tokenizer) if config.vocabulary else None
+        self.text_encoder = TextEncoder(config.text_encoder, config.dim, vocab_size=vocab_size, pretrained=pretrained)
+        self.pixel_decoder = MSDeformPixelDecoder(
+            self.image_encoder.channels,
+            config.dim,
+            num_layers=config.pixel_layers,
+            num_heads=config.num_heads,
+            ffn_dim=config.pixel_ffn_dim,
+        )
+        self.decoder = PhraseObjectTransformer(
+            config.dim,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            ffn_dim=config.ffn_dim,
+            num_queries=config.num_queries,
+            object_text=OBJECT_TEXT[config.object_text],
+            mask_head=nn.Identity() if config.literal_masks else None,
+            score_prior=config.score_prior,
+            checkpoint=config.gradient_checkpointing,
+        )
+        self.aggregation = AdaptiveInstanceAggregation(
+            slope=config.slope,
+            num_queries=config.num_queries if config.slope_per_query else None,
+            form=config.aggregation,
+            prelu=config.aggregation_prelu,
+            bias=config.aggregation_bias,
+        )
+        self.no_target_head = NoTargetHead(config.dim, inputs=config.no_target_inputs)
+        self._finish()
+
+    def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> GresOutput:
+        check_shape(
+            "InstAlign", images=(images, "B 3 H W"), input_ids=(input_ids, "B L"), attention_mask=(attention_mask, "B L")
+        )
+        valid = attention_mask.bool()
+        pixels, memories = self.pixel_decoder(self.image_encoder(images))
+        tokens = self.text_encoder(input_ids, valid)
+        *aux, last = self.decoder(memories, pixels, tokens, valid)
+        queries = last.queries if last.normed is None else last.normed
+        no_target = self.no_target_head(queries, last.score_logits.sigmoid(), last.tokens, valid)
+        return GresOutput(self.aggregation(last), no_target, last, tuple(aux))
+
+    def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The encoders alone: stride-32 features ``(B, Cv, h, w)``, word features ``(B, L, Ct)`` before the projection, ``valid``."""
+        valid = attention_mask.bool()
+        return self.image_encoder(images)[-1], self.text_encoder.encode(input_ids, valid), valid
+
+    @property
+    def encode_dims(self) -> tuple[int, int]:
+        return self.image_encoder.channels[-1], self.text_encoder.width
+
+    def criterion(self, *, num_points: int | None = None, **options: Any) -> InstAlignCriterion:
+        """The paper's loss (eq. 5-7, 9, 13); options go to :class:`gresbox.losses.InstAlignCriterion`.
+
+        Args:
+            num_points: Points per mask for matching and mask losses; None: dense at the masks' size, 12544: Mask2Former's way.
+            **options: ``supervision``, ``weights`` and the others of the criterion.
+        """
+        phrase = 1.0 if options.get("supervision", "phrase") == "phrase" else 0.0
+        matcher = HungarianInstanceMatcher(phrase=phrase, num_points=num_points)
+        return InstAlignCriterion(matcher, mask_loss=MaskLoss(num_points), **options)
+
+
+def _pretrained_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+INSTALIGN_SWIN_BASE = InstAlignConfig()
+
+INSTALIGN_SWIN_TINY = InstAlignConfig(
+    image_encoder=ImageEncoderConfig("swin_tiny_patch4_window7_224.ms_in22k_ft_in1k", {"drop_path_rate": 0.2}, True)
+)
+
+INSTALIGN_TINY = InstAlignConfig(
+    image_encoder=ImageEncoderConfig("convnext_atto", {"depths": (1, 1, 2, 1), "dims": (32, 64, 96, 128)}),
+    text_encoder=TextEncoderConfig(
+        "bert",
+        {
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 192,
+            "max_position_embeddings": 64,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+        dropout=0.0,
+    ),
+    vocabulary=WORDS,
+    image_size=128,
+    dim=96,
+    num_queries=12,
+    num_layers=3,
+    num_heads=4,
+    ffn_dim=192,
+    pixel_layers=2,
+    pixel_ffn_dim=192,
+    recipe=Recipe(schedule="linear", lr=1e-3, final_lr=1e-5, epochs=1, batch=32, clip=1.0, image_size=128, backbone_lr_scale=1.0),
+)
