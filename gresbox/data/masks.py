@@ -173,7 +173,7 @@ def rasterise_polygons(polygons: Sequence[Sequence[float]], height: int, width: 
     elif polygons:
         from pycocotools import mask as coco
 
-        mask |= coco.decode(coco.merge(coco.frPyObjects([list(part) for part in polygons], height, width))).astype(bool)
+        mask = decode_rle(coco.merge(coco.frPyObjects([list(part) for part in polygons], height, width)))
     return mask
 
 
