@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gresbox.ops._pixel_chunks import chunks_of
+from gresbox.ops._precision import no_autocast
 
 __all__ = ["FORMS", "SELECT_NOTHING", "SMALLEST", "aggregate_factored"]
 
@@ -60,14 +61,15 @@ def _backward(
     grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
     grad_factor = torch.zeros_like(score)  # per query, summed at the end where there is one slope
     grad_pixels = pixels.new_empty(features.shape if needs_pixels else (0,))
-    for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
-        feature = features[:, :, part].to(query.dtype)
-        grad_masks, part_score, part_factor = _unmerge(query @ feature, score, factor, grad[:, part], form)
-        grad_query += grad_masks @ feature.mT
-        grad_score += part_score
-        grad_factor += part_factor
-        if needs_pixels:
-            grad_pixels[:, :, part] = query.mT @ grad_masks
+    with no_autocast(queries):  # a backward pass may be called under autocast
+        for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
+            feature = features[:, :, part].to(query.dtype)
+            grad_masks, part_score, part_factor = _unmerge(query @ feature, score, factor, grad[:, part], form)
+            grad_query += grad_masks @ feature.mT
+            grad_score += part_score
+            grad_factor += part_factor
+            if needs_pixels:
+                grad_pixels[:, :, part] = query.mT @ grad_masks
     if needs_pixels:
         grad_pixels = grad_pixels.view(pixels.shape)
     if slope is None:
@@ -123,9 +125,7 @@ def _wide(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _prepare(
-    queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _prepare(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Everything small in the wide dtype; the pixels stay as they are and are widened chunk by chunk."""
     dtype = _wide(queries, pixels, scores)
     factor = None if slope is None else slope.to(dtype).reshape(-1, 1)  # (1, 1) or (N, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -156,7 +158,7 @@ def _weighted_sum(logits: Tensor, scores: Tensor, slope: Tensor | None) -> Tenso
 def _noisy_or(logits: Tensor, scores: Tensor) -> Tensor:
     """``log(prod_i (1 + exp t_i) - 1)`` with ``t_i`` the logit of ``p_i sigmoid(s_i)``: no term is a difference of near-equals."""
     if logits.shape[1] == 0:
-        return logits.new_full((logits.shape[0], logits.shape[2]), SMALLEST).log()
+        return logits.sum(1) + math.log(SMALLEST)
     certain = scores >= 1
     log_rest = torch.where(certain, -torch.inf, torch.where(certain, 1, 1 - scores).log())  # log(1 - p)
     log_score = scores.clamp(SMALLEST, 1).log()
@@ -170,7 +172,7 @@ def _noisy_or(logits: Tensor, scores: Tensor) -> Tensor:
 def _select(logits: Tensor, scores: Tensor) -> Tensor:
     """Largest logit of the queries with a score above one half."""
     if logits.shape[1] == 0:
-        return logits.new_full((logits.shape[0], logits.shape[2]), SELECT_NOTHING)
+        return logits.sum(1) + SELECT_NOTHING
     chosen = scores > 0.5
     largest = logits.masked_fill(~chosen[..., None], -torch.inf).max(1).values
     return torch.where(chosen.any(1)[:, None], largest, SELECT_NOTHING)

@@ -12,6 +12,8 @@ from gresbox.ops._precision import accumulation_dtype, no_autocast
 
 __all__ = ["pairwise_mask_cost", "query_mask_cost"]
 
+_Sums = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 def pairwise_mask_cost(masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     r"""Binary cross-entropy and dice distance of every pair of a predicted and a target mask.
@@ -44,8 +46,8 @@ def pairwise_mask_cost(masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     sizes = check_shape("pairwise_mask_cost", masks=(masks, "N P"), targets=(targets, "M P"))
     dtype = accumulation_dtype("pairwise_mask_cost", masks=masks)
     with no_autocast(masks):
-        sums = _sums(masks.to(dtype), targets.to(dtype))
-        bce, dice = _costs(*sums, targets.to(dtype).sum(-1), sizes["P"])
+        truth = targets.to(dtype)
+        bce, dice = _costs(_sums(masks.to(dtype), truth), truth.sum(-1), sizes["P"])
     return bce.to(masks.dtype), dice.to(masks.dtype)
 
 
@@ -86,19 +88,20 @@ def query_mask_cost(queries: Tensor, pixels: Tensor, targets: Tensor, *, chunk: 
         area = pixels.shape[2] * pixels.shape[3]
         sums = _chunked_sums(queries, pixels, targets.detach(), chunk or 0)
         covered = targets.detach().flatten(2).sum(-1, dtype=sums[0].dtype)
-        bce, dice = _costs(*sums, covered, area)
+        bce, dice = _costs(sums, covered, area)
     return bce.to(queries.dtype), dice.to(queries.dtype)
 
 
-def _sums(masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sums(masks: Tensor, targets: Tensor) -> _Sums:
     """Sums over pixels: of softplus(s) and sigmoid(s), ``(..., N)`` each, and of s y and sigmoid(s) y, ``(..., N, M)`` each."""
     probs = masks.sigmoid()
     across = targets.mT
     return -F.logsigmoid(-masks).sum(-1), probs.sum(-1), masks @ across, probs @ across
 
 
-def _costs(softplus: Tensor, probs: Tensor, agree: Tensor, overlap: Tensor, covered: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+def _costs(sums: _Sums, covered: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     """The two costs from the sums of :func:`_sums` and the targets' areas ``(..., M)``."""
+    softplus, probs, agree, overlap = sums
     bce = (softplus[..., None] - agree) / max(pixels, 1)
     dice = 1 - (2 * overlap + 1) / (probs[..., None] + covered[..., None, :] + 1)
     return bce, dice
@@ -109,7 +112,7 @@ def _costs(softplus: Tensor, probs: Tensor, agree: Tensor, overlap: Tensor, cove
     mutates_args=(),
     schema="(Tensor queries, Tensor pixels, Tensor targets, int chunk) -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _chunked_sums(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunked_sums(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
     """:func:`_sums` of ``queries @ pixels``, chunk by chunk."""
     dtype = torch.promote_types(torch.promote_types(queries.dtype, pixels.dtype), torch.float32)
     query, features, truth = queries.to(dtype), pixels.flatten(2), targets.flatten(2)
@@ -123,7 +126,7 @@ def _chunked_sums(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) 
 
 
 @_chunked_sums.register_fake
-def _chunked_sums_fake(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _chunked_sums_fake(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
     dtype = torch.promote_types(torch.promote_types(queries.dtype, pixels.dtype), torch.float32)
     each = queries.new_empty(queries.shape[:2], dtype=dtype)
     pair = queries.new_empty((*queries.shape[:2], targets.shape[1]), dtype=dtype)
@@ -135,21 +138,20 @@ def _chunked_sums_fake(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: 
     mutates_args=(),
     schema="(Tensor[] grads, Tensor queries, Tensor pixels, Tensor targets, int chunk) -> (Tensor, Tensor)",
 )
-def _chunked_backward(
-    grads: list[Tensor], queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
+def _chunked_backward(grads: list[Tensor], queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
     """Gradients of queries and pixels from those of the four sums; each chunk's masks are built again."""
     grad_softplus, grad_probs, grad_agree, grad_overlap = grads
     dtype = grad_softplus.dtype
     query, features, truth = queries.to(dtype), pixels.flatten(2), targets.flatten(2)
     grad_query, grad_pixels = torch.zeros_like(query), pixels.new_empty(features.shape)
-    for part in chunks_of(features.shape[2], query.shape[0] * query.shape[1], chunk, queries.device):
-        feature, target = features[:, :, part].to(dtype), truth[:, :, part].to(dtype)
-        probs = (query @ feature).sigmoid()
-        to_probs = grad_probs[..., None] + grad_overlap @ target
-        grad_masks = probs * (grad_softplus[..., None] + to_probs * (1 - probs)) + grad_agree @ target
-        grad_query += grad_masks @ feature.mT
-        grad_pixels[:, :, part] = query.mT @ grad_masks
+    with no_autocast(queries):  # a backward pass may be called under autocast
+        for part in chunks_of(features.shape[2], query.shape[0] * query.shape[1], chunk, queries.device):
+            feature, target = features[:, :, part].to(dtype), truth[:, :, part].to(dtype)
+            probs = (query @ feature).sigmoid()
+            to_probs = grad_probs[..., None] + grad_overlap @ target
+            grad_masks = probs * (grad_softplus[..., None] + to_probs * (1 - probs)) + grad_agree @ target
+            grad_query += grad_masks @ feature.mT
+            grad_pixels[:, :, part] = query.mT @ grad_masks
     return grad_query.to(queries.dtype), grad_pixels.view(pixels.shape)
 
 

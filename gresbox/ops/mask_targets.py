@@ -26,7 +26,7 @@ def stack_masks(
 
     Shape:
         - ``masks``: ``B`` tensors ``(M_b, H_b, W_b)``, bool or in [0, 1].
-        - returns ``(B, M, h, w)`` with M the largest ``M_b``, zeros behind each image's own, and the ``M_b`` as ``(B,)`` int64 on the CPU.
+        - returns ``(B, M, h, w)``, M the largest ``M_b``, zeros behind each image's own; and all ``M_b``, ``(B,)`` int64, on CPU.
 
     Raises:
         ValueError: If a shape does not fit, or without ``size`` the images differ in size or there are none.
@@ -40,11 +40,11 @@ def stack_masks(
     """
     for index, mask in enumerate(masks):
         check_shape("stack_masks", **{f"masks[{index}]": (mask, "M H W")})
-    sizes = {tuple(mask.shape[-2:]) for mask in masks}
+    sizes = {(mask.shape[1], mask.shape[2]) for mask in masks}
     if size is None:
         if len(sizes) != 1:
             raise ValueError(f"stack_masks: `masks` must have one size when `size` is None, got {sorted(sizes)}.")
-        size = tuple(masks[0].shape[-2:])
+        size = sizes.pop()
     counts = torch.tensor([mask.shape[0] for mask in masks], dtype=torch.int64)
     if not masks:
         return torch.zeros((0, 0, *size), dtype=dtype), counts
