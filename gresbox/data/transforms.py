@@ -58,7 +58,7 @@ def resize_masks(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Resize:
-    """Squash a sample to a square, as ReLA and InstAlign do.
+    """Squash a sample to a square, as ReLA does.
 
     The boxes stay as they are: they are relative to the picture. Differs from ReLA: the masks are resized by :func:`resize_masks`,
     where ReLA scales the polygons and rasterises them at the new size.
