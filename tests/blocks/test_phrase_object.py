@@ -168,6 +168,14 @@ def test_factored_attention_masks_equal_resized_masks(size, full, dtype):
     assert tiny.float().mean() < 0.01
 
 
+@given(rows=st.integers(1, 5), columns=st.integers(1, 5), down=st.integers(1, 9), across=st.integers(1, 9))
+def test_downsampling_is_bilinear(rows, columns, down, across):
+    """Even factors take a way of their own."""
+    pixels = torch.randn(2, 3, rows * down, columns * across, dtype=torch.float64)
+    reference = F.interpolate(pixels, size=(rows, columns), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(downsample_pixels(pixels, (rows, columns)), reference)
+
+
 def test_no_step_stores_all_masks():
     """Every tensor made on the way is smaller than (B, N, H/4, W/4)."""
     from torch.utils._python_dispatch import TorchDispatchMode
