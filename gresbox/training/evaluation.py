@@ -15,7 +15,10 @@ from gresbox.metrics import GRESMetric
 from gresbox.training.batches import EvaluationBatch, EvaluationCollate, make_loader
 from gresbox.training.processes import process_rank, world_size
 
-__all__ = ["EvaluationOptions", "evaluate"]
+__all__ = ["COUNTS", "EvaluationOptions", "evaluate"]
+
+COUNTS = ("samples", "no_target_share")
+"""Entries of a result that describe the data, not the model."""
 
 
 @dataclass(frozen=True)

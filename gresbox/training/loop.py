@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from gresbox.structures import Recipe
 from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
 from gresbox.training.checkpoint import Checkpoints, TrainState
-from gresbox.training.evaluation import evaluate
+from gresbox.training.evaluation import COUNTS, evaluate
 from gresbox.training.options import TrainOptions
 from gresbox.training.order import StepOrder
 from gresbox.training.processes import gather_objects, same_everywhere, start_accelerator
 from gresbox.training.randomness import get_random_state, seed_random, set_random_state
 from gresbox.training.records import RunLog
-from gresbox.training.results import check_folder, save_results
+from gresbox.training.results import check_folder, save_pictures, save_results, write_json
 from gresbox.training.schedule import learning_rate_factor, set_learning_rates
 
 __all__ = ["Trainer", "train"]
@@ -41,10 +41,12 @@ def train(
 ) -> dict[str, float]:
     """Train a model with its recipe, evaluate it and leave everything in a folder.
 
-    The folder gets ``checkpoints/`` and ``log.jsonl`` on the way and at the end what ``model.save_pretrained`` writes and
-    ``metrics.json``. Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a
-    step are the same, and losses per instance are divided by the instances of the whole step. A run that was killed continues, on
-    the CPU bit for bit, from its last checkpoint.
+    The folder gets ``run.json`` (recipe and options), ``checkpoints/`` and ``log.jsonl`` on the way, and at the end what ``model.save_pretrained`` writes,
+    ``metrics.json`` and, where matplotlib is installed, ``loss_curve.png`` and ``pictures.png``.
+
+    Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a step are the same,
+    and losses per instance are divided by the instances of the whole step. A run that was killed continues, on the CPU bit for
+    bit, from its last checkpoint.
 
     Args:
         model: Any model of the library; trained in place.
@@ -123,6 +125,8 @@ class Trainer:
             self._restore(self.checkpoints.load(self.plain, self.checkpoints.steps()[-1]))
         self.plain.train()
         self.wrapped, self.prepared = self.accelerator.prepare(self.plain, self.optimizer)
+        if self.rank == 0:
+            write_json(self.out / "run.json", {"recipe": asdict(self.recipe), "options": asdict(self.options)})
         self.log = RunLog(
             self.out,
             start=self.step,
@@ -141,6 +145,8 @@ class Trainer:
         scores = {} if self.val_set is None else self._evaluate()
         summary = {**scores, "steps": float(self.step), "seconds": self.seconds}
         if self.rank == 0:
+            if self.val_set is not None and self.options.pictures > 0:
+                save_pictures(self.plain, self.val_set, self.out, self.options)
             save_results(self.plain, self.out, summary, self.identity)
         self.accelerator.wait_for_everyone()
         return summary
@@ -195,8 +201,9 @@ class Trainer:
                 losses = self.criterion(self.wrapped(**inputs), targets, **extra)
                 self.accelerator.backward(losses["loss"] / len(batches))
             for name, value in losses.items():
+                entry = name if name == "loss" else f"loss/{name}"
                 share = value.detach() / len(batches)
-                sums[name] = sums[name] + share if name in sums else share
+                sums[entry] = sums[entry] + share if entry in sums else share
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         limit = self.recipe.clip if self.recipe.clip > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
@@ -233,7 +240,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, float]:
         scores = evaluate(self.plain, self.val_set, self.options.evaluation)
-        self.log.write(self.step, scores, kind="evaluation")
+        self.log.write(self.step, {name: value for name, value in scores.items() if name not in COUNTS}, kind="evaluation")
         return scores
 
     def _save(self) -> None:

@@ -37,6 +37,7 @@ class TrainOptions:
         checkpoint_every: Steps between two checkpoints; 0: by the clock alone.
         checkpoint_seconds: Seconds between two checkpoints; 0: by steps alone.
         keep_checkpoints: How many of the newest stay.
+        pictures: Answers to draw at the end, where matplotlib is installed; 0: draw nothing.
         tensorboard: Write TensorBoard scalars too.
         progress: Show a progress bar.
         cpu: Stay on the CPU where there is a GPU.
@@ -67,6 +68,7 @@ class TrainOptions:
     checkpoint_every: int = 0
     checkpoint_seconds: float = 300.0
     keep_checkpoints: int = 2
+    pictures: int = 8
     tensorboard: bool = False
     progress: bool = True
     cpu: bool = False

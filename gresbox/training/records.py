@@ -72,7 +72,9 @@ class RunLog:
             file.write(_line({"step": step, "kind": kind, **numbers}))
         if self._bar is not None:
             if kind == "train":
-                self._bar.set_postfix({name: f"{value:.3g}" for name, value in numbers.items() if "loss" in name}, refresh=False)
+                self._bar.set_postfix(
+                    {name.removeprefix("loss/"): f"{value:.3g}" for name, value in numbers.items() if "loss" in name}, refresh=False
+                )
             else:
                 self._bar.write(f"step {step}: " + "  ".join(f"{name} {value:.2f}" for name, value in numbers.items()))
         if self._board is not None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from gresbox.structures import GresSample
 from gresbox.training.checkpoint import Checkpoints, write_atomically
+from gresbox.training.options import TrainOptions
+from gresbox.training.records import read_log
 
-__all__ = ["check_folder", "save_results", "write_json"]
+__all__ = ["check_folder", "save_pictures", "save_results", "write_json"]
 
 
 def check_folder(out: Path, checkpoints: Checkpoints, *, resume: bool) -> None:
@@ -47,6 +51,41 @@ def save_results(model: nn.Module, out: Path, scores: dict[str, float], run: dic
         os.replace(item, out / item.name)
     final.rmdir()
     write_json(out / "metrics.json", {**scores, **run})
+
+
+def save_pictures(model: nn.Module, dataset: Any, out: Path, options: TrainOptions) -> None:
+    """Draw the loss curve and some answers into the run's folder; without matplotlib nothing happens.
+
+    Args:
+        model: Answers with ``predict``.
+        dataset: Where the pictures come from: some with many targets, some with one, some with none.
+        out: The run's folder, with its log.
+        options: How many, and from which probability on the answer is "nothing".
+    """
+    if find_spec("matplotlib") is None:
+        return
+    from gresbox.viz import plot_losses, prediction_grid
+
+    plot_losses(read_log(out / "log.jsonl"), out / "loss_curve.png")
+    samples = _mixed(dataset, options.pictures)
+    images, texts = [sample.image for sample in samples], [sample.text for sample in samples]
+    threshold = options.evaluation.no_target_threshold
+    answers = model.predict(images, texts, no_target_threshold=threshold)  # type: ignore[operator]
+    prediction_grid(samples, answers, out / "pictures.png")
+
+
+def _mixed(dataset: Any, count: int, look_at: int = 64) -> list[GresSample]:
+    """The first samples of each kind in turn, from the beginning of the data set."""
+    rows: dict[str, list[GresSample]] = {"many": [], "one": [], "zero": []}
+    for index in range(min(len(dataset), max(look_at, count))):
+        sample = dataset[index]
+        rows.setdefault(sample.kind, []).append(sample)
+        if all(len(row) >= count for row in rows.values()):
+            break
+    chosen: list[GresSample] = []
+    for place in range(count):
+        chosen += [row[place] for row in rows.values() if place < len(row)]
+    return chosen[:count]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -91,7 +91,7 @@ def test_the_folder_holds_a_model_that_scores_the_same(tmp_path, tiny):
         ("train", 2),
         ("evaluation", 2),
     ]
-    assert {"loss", "grad_norm", "lr", "epoch", "seconds", "mask_dice"} <= log[2].keys()
+    assert {"loss", "grad_norm", "lr", "epoch", "seconds", "loss/mask_dice"} <= log[2].keys()
     assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
