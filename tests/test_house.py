@@ -312,6 +312,21 @@ def test_twins():
     assert not missing_twins({path.as_posix() for path in sources()})
 
 
+def undocumented(files: set[str], pages: str) -> list[str]:
+    """Public modules of the package that no page of docs/api names."""
+    public = [PurePosixPath(name) for name in sorted(files) if name.startswith("gresbox/")]
+    modules = [".".join(path.with_suffix("").parts) for path in public if path.stem[0] != "_" and path.parts[1] != "kernels"]
+    return [module for module in modules if f"automodule:: {module}\n" not in pages]
+
+
+def test_the_api_pages_name_every_module():
+    pages = "".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert not undocumented({path.as_posix() for path in sources()}, pages)
+    assert undocumented({"gresbox/ops/new.py", "gresbox/ops/boxes.py"}, ".. automodule:: gresbox.ops.boxes\n") == [
+        "gresbox.ops.new"
+    ]
+
+
 def test_texts_hold_no_machine_paths():
     texts = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".ci").glob("*")]
     broken = [(path.name, *machine_paths(None, None, path.read_text(encoding="utf-8"))) for path in texts if path.is_file()]
