@@ -122,12 +122,12 @@ class HungarianInstanceMatcher(nn.Module):
         counts = [target.masks.shape[0] for target in targets]
         if max(counts, default=0) == 0:
             return scores.new_empty((steps, batch, 0), dtype=torch.int64)
-        cost = scores.new_zeros((steps, batch, queries, max(counts)), dtype=torch.promote_types(scores.dtype, torch.float32))
+        cost = _wide(scores).new_zeros((steps, batch, queries, max(counts)))
         if self.mask:
             bce, dice = self._mask_costs(predictions, targets)
             cost += self.mask * (bce + dice)
         if self.score:
-            cost += self.score * F.softplus(-scores.to(cost.dtype))[..., None]
+            cost += self.score * F.softplus(-_wide(scores))[..., None]
         first = self.first_phrase_step if first_phrase_step is None else first_phrase_step
         if self.phrase and first < steps:
             cost[first:] += self.phrase * _phrase_costs(predictions[first:])[..., None]
@@ -150,11 +150,11 @@ class HungarianInstanceMatcher(nn.Module):
             points = torch.rand(size, generator=self.generator, device=pixels.device)
             truth = point_sample(stack_masks(masks)[0], points)[..., None]  # (B, M, P, 1)
         if all(step.pixels is pixels for step in predictions):
-            queries = torch.cat([step.mask_embeddings for step in predictions], 1)  # (B, S * N, C): one pass over the pixels
+            queries = _wide(torch.cat([step.mask_embeddings for step in predictions], 1))  # (B, S * N, C): one pass over the pixels
             bce, dice = query_mask_cost(queries, _at(pixels, points), truth)
             shape = (len(predictions), -1)
             return bce.unflatten(1, shape).transpose(0, 1), dice.unflatten(1, shape).transpose(0, 1)
-        costs = [query_mask_cost(step.mask_embeddings, _at(step.pixels, points), truth) for step in predictions]
+        costs = [query_mask_cost(_wide(step.mask_embeddings), _at(step.pixels, points), truth) for step in predictions]
         return torch.stack([bce for bce, _ in costs]), torch.stack([dice for _, dice in costs])
 
     def _blame(self, predictions: Sequence[InstancePrediction], first_phrase_step: int) -> str:
@@ -192,6 +192,11 @@ def _check_steps(predictions: Sequence[InstancePrediction]) -> None:
     check_shape("HungarianInstanceMatcher", **sizes)
 
 
+def _wide(queries: Tensor) -> Tensor:
+    """Queries in float32 at least: costs come back in their dtype, and costs rounded to 16 bits would tie."""
+    return queries.to(torch.promote_types(queries.dtype, torch.float32))
+
+
 def _at(pixels: Tensor, points: Tensor | None) -> Tensor:
     """Pixel features at points as a map ``(B, C, P, 1)``; sampling is linear, so it may come before the product with queries."""
     return pixels if points is None else point_sample(pixels, points)[..., None]
@@ -199,7 +204,7 @@ def _at(pixels: Tensor, points: Tensor | None) -> Tensor:
 
 def _phrase_costs(predictions: Sequence[InstancePrediction]) -> Tensor:
     """Phrase-object alignment of every query of every step, ``(S, B, N)``; all steps are one batch."""
-    queries = torch.cat([step.queries for step in predictions])
+    queries = _wide(torch.cat([step.queries for step in predictions]))
     tokens = torch.cat([step.tokens for step in predictions])
     valid = predictions[0].valid
     distance, _ = align_phrases(queries, tokens, None if valid is None else valid.repeat(len(predictions), 1))

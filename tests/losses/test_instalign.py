@@ -163,7 +163,7 @@ def test_weights_of_the_parts_are_the_papers(golden):
 
 
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0], [9, 0]])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_entries_are_float32_and_add_up(counts, dtype):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = criterion()(outputs(dtype=dtype), random_targets(counts))

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -70,7 +72,8 @@ def test_autocast_does_not_lower_the_masks_precision():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         masks = matched_masks(steps, indices)
         losses = MaskLoss()(masks, torch.ones(2, 4, 5, 7))
-    assert torch.equal(masks, matched_masks(steps, indices))
+    expected = torch.stack([torch.stack([step.masks[b, indices[s, b]] for s, step in enumerate(steps)]) for b in range(2)])
+    torch.testing.assert_close(masks, expected, rtol=1e-5, atol=1e-5)
     assert {loss.dtype for loss in losses} == {torch.float32}
 
 
@@ -104,19 +107,17 @@ def test_points_are_mask2formers(golden, monkeypatch):
     torch.testing.assert_close(dice[0, 0], 1 - (2 * (probs * labels).sum(-1) + 1) / (probs.sum(-1) + labels.sum(-1) + 1))
 
 
-def test_points_keep_steps_images_and_targets_apart():
-    """With constant masks and targets the value at every point is known, wherever the points fall."""
-    logits = torch.arange(2 * 3 * 4).view(2, 3, 4, 1, 1).double() / 8 - 1
-    truth = (torch.arange(2 * 4).view(2, 4, 1, 1) % 3 == 0).double()
-    masks, targets = logits.expand(-1, -1, -1, 6, 6), truth.expand(-1, -1, 64, 64)
-    # far from the border, where sampling mixes in the zeros outside
-    loss = MaskLoss(50, oversample=1.0, importance=0.0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mask, "uncertain_points", lambda m, n, **_: 0.25 + 0.5 * torch.rand(m.shape[0], n, 2).double())
-        bce, dice = loss(masks, targets)
-    dense = MaskLoss()(masks[..., :1, :1].expand(-1, -1, -1, 5, 10), truth.expand(-1, -1, 5, 10))
-    torch.testing.assert_close(bce, dense[0])
-    torch.testing.assert_close(dice, dense[1])
+def test_points_keep_steps_images_and_targets_apart(monkeypatch):
+    """Every mask and its target are read at the mask's own points, as if it were the only one."""
+    masks, targets = torch.randn(2, 3, 4, 6, 6).double(), torch.rand(2, 4, 9, 9).double()
+    points = torch.rand(2, 3, 4, 30, 2).double()
+    loss = MaskLoss(30)
+    monkeypatch.setattr(mask, "uncertain_points", lambda *_, **__: points.flatten(0, 2))
+    bce, dice = loss(masks, targets)
+    for b, s, m in itertools.product(range(2), range(3), range(4)):
+        monkeypatch.setattr(mask, "uncertain_points", lambda *_, at=points[b, s, m], **__: at[None])
+        alone = loss(masks[b, s, m][None, None, None], targets[b, m][None, None])
+        torch.testing.assert_close(torch.stack([bce[b, s, m], dice[b, s, m]]), torch.cat(alone).flatten())
 
 
 def test_points_without_instances():

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from gresbox.matchers import HungarianInstanceMatcher, hungarian
 from gresbox.structures import GresTarget, InstancePrediction
 
 CASES = ["a", "single", "more_gt", "equal"]
+NAMES = ("score_logits", "mask_embeddings", "pixels", "queries", "tokens")
 
 
 def with_phrase_distance(distance):
@@ -236,18 +238,30 @@ def test_steps_together_are_steps_alone(counts, num_points):
     for index, step in enumerate(steps):
         alone = matcher().match_steps([step], targets, first_phrase_step=0 if index else 1)
         assert torch.equal(together[index], alone[0])
-    copies = [InstancePrediction(s.score_logits, s.mask_embeddings, s.pixels.clone(), s.queries, s.tokens, s.valid) for s in steps]
-    assert torch.equal(together, matcher().match_steps(copies, targets))
     for row, count in zip(together.transpose(0, 1), counts, strict=True):
         assert (row[:, :count].ge(0).sum(1) == min(count, 6)).all()
         assert (row[:, count:] == -1).all()
+
+
+@pytest.mark.parametrize("num_points", [None, 40])
+def test_steps_may_have_their_own_pixels(seen_costs, num_points):
+    steps = [step for _ in range(3) for step in random_steps(steps=1)]
+    targets = random_targets([3, 1])
+
+    def matcher():
+        return HungarianInstanceMatcher(num_points=num_points, generator=torch.Generator().manual_seed(3))
+
+    matcher().match_steps(steps, targets, first_phrase_step=0)
+    for step in steps:
+        matcher().match_steps([step], targets, first_phrase_step=0)
+    torch.testing.assert_close(seen_costs[0], torch.cat(seen_costs[1:]))
 
 
 def test_images_are_matched_independently():
     steps, targets = random_steps(3), random_targets([2, 0, 4])
     matcher = HungarianInstanceMatcher()
     together = matcher.match_steps(steps, targets)
-    names = ("score_logits", "mask_embeddings", "pixels", "queries", "tokens", "valid")
+    names = (*NAMES, "valid")
     for b in range(3):
         part = [InstancePrediction(*(getattr(step, name)[b : b + 1] for name in names)) for step in steps]
         alone = matcher.match_steps(part, [targets[b]])
@@ -281,12 +295,21 @@ def test_autocast_does_not_change_the_costs(seen_costs, dtype):
     assert torch.equal(*seen_costs)
 
 
-def test_no_gradient_is_recorded():
+def test_half_precision_predictions_have_float32_costs(seen_costs):
+    steps, targets = random_steps(dtype=torch.bfloat16), random_targets([2, 1])
+    wide = [replace(step, **{name: getattr(step, name).float() for name in NAMES}) for step in steps]
+    for predictions in (steps, wide):
+        HungarianInstanceMatcher().match_steps(predictions, targets)
+    torch.testing.assert_close(*seen_costs, rtol=1e-6, atol=1e-6)
+
+
+def test_no_gradient_is_recorded(seen_costs):
     steps = random_steps()
     for step in steps:
         step.queries.requires_grad_()
         step.mask_embeddings.requires_grad_()
-    assert not HungarianInstanceMatcher().match_steps(steps, random_targets([1, 1])).requires_grad
+    HungarianInstanceMatcher().match_steps(steps, random_targets([1, 1]))
+    assert not seen_costs[0].requires_grad
 
 
 @pytest.mark.parametrize(
@@ -335,6 +358,9 @@ def test_nan_in_padding_does_not_matter():
     for step in steps:
         step.tokens[~step.valid] = torch.nan
     assert torch.equal(HungarianInstanceMatcher().match_steps(steps, targets), expected)
+    steps[2].score_logits[0, 0] = torch.nan  # what is named is not the padding of step 1
+    with pytest.raises(ValueError, match="`score_logits` of step 2"):
+        HungarianInstanceMatcher().match_steps(steps, targets)
 
 
 @pytest.mark.parametrize(
