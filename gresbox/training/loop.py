@@ -41,8 +41,8 @@ def train(
 ) -> dict[str, float]:
     """Train a model with its recipe, evaluate it and leave everything in a folder.
 
-    The folder gets ``run.json`` (recipe and options), ``checkpoints/`` and ``log.jsonl`` on the way, and at the end what ``model.save_pretrained`` writes,
-    ``metrics.json`` and, where matplotlib is installed, ``loss_curve.png`` and ``pictures.png``.
+    The folder gets ``run.json`` (recipe and options), ``checkpoints/`` and ``log.jsonl`` on the way, and at the end what
+    ``model.save_pretrained`` writes, ``metrics.json`` and, where matplotlib is installed, ``loss_curve.png`` and ``pictures.png``.
 
     Two processes, or two accumulation steps, train exactly as one with the whole batch does: the samples of a step are the same,
     and losses per instance are divided by the instances of the whole step. A run that was killed continues, on the CPU bit for
@@ -114,8 +114,8 @@ class Trainer:
 
     def run(self, *, resume: bool = False) -> dict[str, float]:
         """Train, evaluate, save; returns the scores."""
-        check_folder(self.out, self.checkpoints, resume=resume)
         TrainingCollate(self.plain.processor)([self.train_set[0]])  # a clear error now, not one from inside a worker
+        check_folder(self.out, self.checkpoints, resume=resume)
         seed_random(self.options.seed * 1_000_003 + self.rank)  # each process its own stream, all from one seed
         groups = self.plain.parameter_groups(self.recipe.lr)  # type: ignore[operator]
         self.plain.to(self.device)
