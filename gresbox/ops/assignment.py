@@ -79,17 +79,17 @@ def _assign_fake(cost: Tensor, num_targets: Tensor | None, nan_is_large: bool) -
 
 
 def _to_host(cost: Tensor, num_targets: Tensor | None) -> tuple[np.ndarray, list[int]]:
-    """Costs in float64 and the number of real columns; counts on an accelerator travel as one more row of the one copy."""
+    """Costs in float64 and the number of real columns; counts on the costs' device travel as one more row of the one copy."""
     batch, _, columns = cost.shape
     cost = cost.float() if cost.dtype in (torch.float16, torch.bfloat16) else cost
     if num_targets is None:
         return cost.cpu().double().numpy(), [columns] * batch
-    if num_targets.device.type == "cpu":
-        costs, counts = cost.cpu().double().numpy(), num_targets.tolist()
-    else:
+    if num_targets.device == cost.device:
         row = num_targets.to(cost.dtype)[:, None, None].expand(-1, 1, columns)
         packed = torch.cat([cost, row], dim=1).cpu().double().numpy()
         costs, counts = packed[:, :-1], packed[:, -1, 0].astype(np.int64).tolist()
+    else:
+        costs, counts = cost.cpu().double().numpy(), num_targets.tolist()
     if min(counts) < 0 or max(counts) > columns:
         raise ValueError(f"assign: `num_targets` must be in [0, M] with M={columns}, got {min(counts)} to {max(counts)}.")
     return costs, counts
