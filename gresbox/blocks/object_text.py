@@ -24,7 +24,7 @@ class _ObjectText(nn.Module):
         self.token_norm = nn.LayerNorm(dim) if update_text else None
         self.text_ffn = FeedForward(dim, text_ffn) if text_ffn and update_text else None
 
-    def attend(
+    def _attend(
         self,
         queries: Tensor,
         tokens: Tensor,
@@ -46,7 +46,7 @@ class _ObjectText(nn.Module):
         token_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check(queries, tokens, valid)
-        from_text, from_objects = self.attend(queries, tokens, valid, query_position=query_position, token_position=token_position)
+        from_text, from_objects = self._attend(queries, tokens, valid, query_position=query_position, token_position=token_position)
         return self.query_norm(queries + from_text), self._renew(tokens, from_objects, valid)
 
     def _check(self, queries: Tensor, tokens: Tensor, valid: Tensor | None) -> None:
@@ -100,7 +100,7 @@ class ParallelObjectText(_ObjectText):
         self.objects_read = MultiHeadAttention(dim, num_heads)
         self.tokens_read = MultiHeadAttention(dim, num_heads) if update_text else None
 
-    def attend(
+    def _attend(
         self,
         queries: Tensor,
         tokens: Tensor,
@@ -136,7 +136,7 @@ class GatedObjectText(ParallelObjectText):
         (torch.Size([2, 5, 16]), torch.Size([2, 3, 16]))
     """
 
-    def attend(
+    def _attend(
         self,
         queries: Tensor,
         tokens: Tensor,
@@ -145,7 +145,7 @@ class GatedObjectText(ParallelObjectText):
         query_position: Tensor | None = None,
         token_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        from_text, from_objects = super().attend(
+        from_text, from_objects = super()._attend(
             queries, tokens, valid, query_position=query_position, token_position=token_position
         )
         return queries * from_text, None if from_objects is None else tokens * from_objects
@@ -186,7 +186,7 @@ class SharedObjectText(_ObjectText):
         self.object_value = _xavier(dim) if update_text else None
         self.token_output = _xavier(dim) if update_text else None
 
-    def attend(
+    def _attend(
         self,
         queries: Tensor,
         tokens: Tensor,
