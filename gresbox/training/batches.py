@@ -6,6 +6,7 @@ of a few per sample, because each tensor that leaves a worker process costs a fi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -156,6 +157,8 @@ def make_loader(
         workers: Processes that fetch; 0: this one does.
         seed: Mixed into the position.
     """
+    # A batch of short texts is tokenised faster by one thread; more would also get in the way of PyTorch's, and of forked workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         _Placed(dataset, seed),
         batch_sampler=batches,

@@ -136,13 +136,9 @@ class Trainer:
             tensorboard=self.options.tensorboard,
         )
         try:
-            if self.options.evaluate_start and self.step == 0:
-                self._evaluate()
-            self._train()
+            scores = self._train_and_score()
         finally:
             self.log.close()
-            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
-        scores = {} if self.val_set is None else self._evaluate()
         summary = {**scores, "steps": float(self.step), "seconds": self.seconds}
         if self.rank == 0:
             if self.val_set is not None and self.options.pictures > 0:
@@ -150,6 +146,15 @@ class Trainer:
             save_results(self.plain, self.out, summary, self.identity)
         self.accelerator.wait_for_everyone()
         return summary
+
+    def _train_and_score(self) -> dict[str, float]:
+        try:
+            if self.options.evaluate_start and self.step == 0:
+                self._evaluate()
+            self._train()
+        finally:
+            self.accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)  # gives the model its own forward back
+        return {} if self.val_set is None else self._evaluate()
 
     def _train(self) -> None:
         options = self.options
