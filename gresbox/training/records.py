@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ class RunLog:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
+    """One line of JSON; a number that is not finite becomes null, which JSON has a word for."""
+    plain = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()}
+    return json.dumps(plain) + "\n"
 
 
 def _tensorboard(folder: Path) -> Any:
