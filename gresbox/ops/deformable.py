@@ -56,7 +56,7 @@ def deformable_attention(value: Tensor, spatial_shapes: Sequence[tuple[int, int]
         raise ValueError(f"{who}: `spatial_shapes` must be {expected}, got {shapes}.")
     dtype = accumulation_dtype(who, value=value, locations=locations, weights=weights)
     batch, heads, channels, queries = sizes["B"], sizes["heads"], sizes["D"], sizes["Q"]
-    if 0 in sizes.values():  # grid_sample takes no empty map
+    if 0 in tuple(sizes.values()):  # grid_sample takes no empty map
         return value.new_zeros((batch, queries, heads * channels))
     with no_autocast(value):
         maps = value.to(dtype).permute(0, 2, 3, 1).split(areas, dim=-1)  # levels of (B, heads, D, H*W)

@@ -37,7 +37,7 @@ def point_sample(masks: Tensor, points: Tensor) -> Tensor:
     sizes = check_shape("point_sample", masks=(masks, "B N H W"), points=(points, "B K 2"))
     maps = masks if masks.is_floating_point() else masks.float()
     dtype = accumulation_dtype("point_sample", masks=maps, points=points)
-    if 0 in sizes.values():  # grid_sample takes no empty map
+    if 0 in tuple(sizes.values()):  # grid_sample takes no empty map
         return maps.new_zeros((sizes["B"], sizes["N"], sizes["K"]))
     with no_autocast(maps):
         grid = (2 * points.to(dtype) - 1)[:, :, None]  # (B, K, 1, 2)
