@@ -92,11 +92,13 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
             ValueError: If the numbers of pictures and texts differ, or one is empty.
             TypeError: If a picture or text has another type.
         """
+        if not isinstance(text, (str, list, tuple)):
+            raise TypeError(f"predict: `text` must be a string or a list of strings, got {type(text).__name__}.")
         single = isinstance(text, str) and not isinstance(image, (list, tuple))
         texts = [text] if isinstance(text, str) else list(text)
         images = list(image) if isinstance(image, (list, tuple)) else [image] * len(texts)
         if not images or not texts:
-            raise ValueError(f"predict: `{'image' if not images else 'text'}` must hold at least one item, got an empty list.")
+            raise ValueError(f"predict: `{'text' if not texts else 'image'}` must hold at least one item, got an empty list.")
         if len(texts) != len(images):
             raise ValueError(f"predict: `text` must be one per image with {len(images)} images, got {len(texts)}.")
         training, device = self.training, next(self.parameters()).device
