@@ -34,8 +34,8 @@ targets = [GresTarget(masks[:2]), GresTarget(masks[2:]), GresTarget(masks[:0])]
 
 
 # %%
-# The model: a pixel decoder, phrase-object blocks, the aggregation of instances into one mask, and the no-target head. A decoder step
-# hands on its masks in factored form, so the aggregation never holds all of them.
+# The model: a pixel decoder, phrase-object blocks, the aggregation of instances into one mask, and the no-target head. A decoder
+# step hands on its masks in factored form, so the aggregation never holds all of them.
 class Composed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -12,20 +12,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gresbox.blocks import (
         AdaptiveInstanceAggregation,
+        DeformableAttention,
+        FeedForward,
         GatedObjectText,
+        MLP,
         MSDeformPixelDecoder,
+        MultiHeadAttention,
         NoTargetHead,
         ParallelObjectText,
+        PhraseObjectBlock,
         PhraseObjectTransformer,
         SequentialObjectText,
         SharedObjectText,
     )
-    from gresbox.data import GRefCOCO, SyntheticGRES
-    from gresbox.losses import InstAlignCriterion, InstAlignWeights, POALoss
+    from gresbox.data import Batch, GRefCOCO, Letterbox, Resize, SyntheticGRES
+    from gresbox.losses import InstAlignCriterion, InstAlignWeights, MaskLoss, NoTargetLoss, POALoss
     from gresbox.matchers import HungarianInstanceMatcher
     from gresbox.metrics import GRESMetric
-    from gresbox.models import create_model, list_models, load_model
+    from gresbox.models import (
+        GresModel,
+        GresProcessor,
+        ImageEncoder,
+        ImageEncoderConfig,
+        InstAlign,
+        InstAlignConfig,
+        TextEncoder,
+        TextEncoderConfig,
+        create_model,
+        list_models,
+        load_model,
+    )
     from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
+    from gresbox.training import EvaluationOptions, TrainOptions, Trainer
 
 __version__ = "0.1.0.dev0"
 
@@ -33,44 +51,83 @@ _HOME = {
     "gresbox.structures": ["GresOutput", "GresPrediction", "GresSample", "GresTarget", "InstancePrediction", "Recipe"],
     "gresbox.blocks": [
         "AdaptiveInstanceAggregation",
+        "DeformableAttention",
+        "FeedForward",
         "GatedObjectText",
+        "MLP",
         "MSDeformPixelDecoder",
+        "MultiHeadAttention",
         "NoTargetHead",
         "ParallelObjectText",
+        "PhraseObjectBlock",
         "PhraseObjectTransformer",
         "SequentialObjectText",
         "SharedObjectText",
     ],
-    "gresbox.losses": ["InstAlignCriterion", "InstAlignWeights", "POALoss"],
+    "gresbox.losses": ["InstAlignCriterion", "InstAlignWeights", "MaskLoss", "NoTargetLoss", "POALoss"],
     "gresbox.matchers": ["HungarianInstanceMatcher"],
     "gresbox.metrics": ["GRESMetric"],
-    "gresbox.data": ["GRefCOCO", "SyntheticGRES"],
-    "gresbox.models": ["create_model", "list_models", "load_model"],
+    "gresbox.data": ["Batch", "GRefCOCO", "Letterbox", "Resize", "SyntheticGRES"],
+    "gresbox.models": [
+        "GresModel",
+        "GresProcessor",
+        "ImageEncoder",
+        "ImageEncoderConfig",
+        "InstAlign",
+        "InstAlignConfig",
+        "TextEncoder",
+        "TextEncoderConfig",
+        "create_model",
+        "list_models",
+        "load_model",
+    ],
+    "gresbox.training": ["EvaluationOptions", "TrainOptions", "Trainer"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdaptiveInstanceAggregation",
+    "Batch",
+    "DeformableAttention",
+    "EvaluationOptions",
+    "FeedForward",
     "GRESMetric",
     "GRefCOCO",
     "GatedObjectText",
+    "GresModel",
     "GresOutput",
     "GresPrediction",
+    "GresProcessor",
     "GresSample",
     "GresTarget",
     "HungarianInstanceMatcher",
+    "ImageEncoder",
+    "ImageEncoderConfig",
+    "InstAlign",
+    "InstAlignConfig",
     "InstAlignCriterion",
     "InstAlignWeights",
     "InstancePrediction",
+    "Letterbox",
+    "MLP",
     "MSDeformPixelDecoder",
+    "MaskLoss",
+    "MultiHeadAttention",
     "NoTargetHead",
+    "NoTargetLoss",
     "POALoss",
     "ParallelObjectText",
+    "PhraseObjectBlock",
     "PhraseObjectTransformer",
     "Recipe",
+    "Resize",
     "SequentialObjectText",
     "SharedObjectText",
     "SyntheticGRES",
+    "TextEncoder",
+    "TextEncoderConfig",
+    "TrainOptions",
+    "Trainer",
     "__version__",
     "create_model",
     "list_models",

@@ -190,7 +190,7 @@ class InstancePrediction:
     def from_masks(
         cls, score_logits: Tensor, masks: Tensor, queries: Tensor, tokens: Tensor, valid: Tensor | None = None
     ) -> InstancePrediction:
-        """A prediction from ready-made mask logits ``(B, N, h, w)``: the masks are the pixel features, the embeddings the identity."""
+        """A prediction from mask logits ``(B, N, h, w)``: the masks are the pixel features, the embeddings the identity."""
         sizes = check_shape(
             "InstancePrediction.from_masks",
             score_logits=(score_logits, "B N"),
@@ -260,7 +260,8 @@ class GresPrediction:
         points: Reference point of each kept instance, xy in pixels, or None where the model has none.
 
     Shape:
-        - ``mask``: ``(H, W)`` bool; ``scores``: ``(K,)`` in [0, 1]; ``instance_masks``: ``(K, H, W)`` bool; ``boxes_xyxy``: ``(K, 4)``.
+        - ``mask``: ``(H, W)`` bool; ``scores``: ``(K,)`` in [0, 1]; ``instance_masks``: ``(K, H, W)`` bool;
+          ``boxes_xyxy``: ``(K, 4)``.
     """
 
     text: str

@@ -19,7 +19,7 @@ TOLERANCES: dict[torch.dtype, float] = {
 
 
 def relative_error(out: Tensor, ref: Tensor) -> float:
-    """``|out - ref| / |ref|`` in float64; the plain norm of the difference where the reference is zero. NaN never passes as small."""
+    """``|out - ref| / |ref|`` in float64; the norm of the difference where the reference is zero. NaN never passes as small."""
     out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
     if out.shape != ref.shape:
         raise AssertionError(f"shape {tuple(out.shape)} differs from the reference's {tuple(ref.shape)}")

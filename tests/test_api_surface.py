@@ -6,6 +6,7 @@ After a deliberate change: ``GRESBOX_UPDATE_API=1 pytest tests/test_api_surface.
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
 import pkgutil
@@ -48,6 +49,12 @@ def test_lazy_names_are_the_packages_own():
         assert getattr(gresbox, name) is getattr(importlib.import_module(home), name)
         assert name in importlib.import_module(home).__all__
     assert set(gresbox.__all__) == {*gresbox._MODULE_OF, "__version__"}
+
+
+def test_every_public_class_of_the_packages_resolves_from_the_top():
+    packages = [importlib.import_module(home) for home in gresbox._HOME]
+    classes = {name for package in packages for name in package.__all__ if inspect.isclass(getattr(package, name))}
+    assert classes <= set(gresbox.__all__)
 
 
 def test_an_unknown_name_is_an_attribute_error():
