@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gresbox.blocks import (
+        MLP,
         AdaptiveInstanceAggregation,
         DeformableAttention,
         FeedForward,
         GatedObjectText,
-        MLP,
         MSDeformPixelDecoder,
         MultiHeadAttention,
         NoTargetHead,
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
         load_model,
     )
     from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
-    from gresbox.training import EvaluationOptions, TrainOptions, Trainer
+    from gresbox.training import EvaluationOptions, Trainer, TrainOptions
 
 __version__ = "0.1.0.dev0"
 
