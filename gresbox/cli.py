@@ -182,9 +182,9 @@ def _train(args: argparse.Namespace) -> None:
 
     from gresbox.models import create_model, load_model
     from gresbox.training import EvaluationOptions, TrainOptions, train
-    from gresbox.training.processes import process_rank, start_accelerator
+    from gresbox.training.processes import own_device, process_rank
 
-    start_accelerator(cpu=args.cpu)  # before anything is decided: the processes have to find each other
+    own_device(cpu=args.cpu)  # before anything is decided: the processes have to find each other
     _use_threads(args)
     evaluation = EvaluationOptions(
         resized=args.resized, no_target_threshold=args.threshold, workers=args.workers, progress=not args.quiet
@@ -215,13 +215,13 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from gresbox.models import load_model
     from gresbox.training import EvaluationOptions, evaluate
-    from gresbox.training.processes import process_rank, start_accelerator
+    from gresbox.training.processes import own_device, process_rank
     from gresbox.training.results import write_json
 
-    accelerator = start_accelerator(cpu=args.cpu)
+    device = own_device(cpu=args.cpu)
     _use_threads(args)
     options = EvaluationOptions(args.batch, args.workers, args.resized, args.threshold, args.limit, not args.quiet)
-    model = load_model(args.checkpoint).to(accelerator.device)
+    model = load_model(args.checkpoint).to(device)
     scores = evaluate(model, _dataset(args, args.split, args.size, model.processor.image_size), options)
     if process_rank() == 0:
         print(_table(scores))
@@ -230,14 +230,12 @@ def _evaluate(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
-    import torch
-
     from gresbox.models import load_model
+    from gresbox.training.processes import own_device
     from gresbox.viz import draw_prediction
 
     image = _read_picture(args.image)
-    device = "cuda" if torch.cuda.is_available() and not args.cpu else "cpu"
-    model = load_model(args.checkpoint).to(device)
+    model = load_model(args.checkpoint).to(own_device(cpu=args.cpu))
     answer = model.predict(image, args.text, no_target_threshold=args.threshold)
     draw_prediction(image, answer, path=args.out)
     if answer.no_target_prob is not None:

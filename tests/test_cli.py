@@ -186,10 +186,9 @@ def test_debug_shows_the_traceback():
 
 
 def test_an_interrupt_ends_with_a_line(monkeypatch, capsys):
-    def interrupt(**options):
+    def interrupt(*args, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gresbox.models.create_model", interrupt)
-    monkeypatch.setattr("gresbox.training.processes.start_accelerator", interrupt)
     assert cli.main(["train", "--max-steps", "1"]) == 130
     assert "--resume" in capsys.readouterr().err

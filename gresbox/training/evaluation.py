@@ -14,7 +14,7 @@ from gresbox._checks import check_range
 from gresbox.metrics import GRESMetric
 from gresbox.training.batches import EvaluationBatch, EvaluationCollate, make_loader
 from gresbox.training.processes import process_rank, world_size
-from gresbox.training.progress import progress_bar
+from gresbox.training.records import progress_bar
 
 __all__ = ["COUNTS", "EvaluationOptions", "evaluate"]
 
@@ -126,8 +126,4 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _with_progress(loader: Any, length: int, show: bool) -> Any:
     if not show or process_rank() != 0:
         return loader
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError("evaluate: `progress` needs tqdm; install it with pip install 'gresbox[train]'.") from error
-    return tqdm(loader, total=length, desc="evaluate", unit="batch", leave=False)
+    return progress_bar(iterable=loader, total=length, desc="evaluate", unit="batch", leave=False)

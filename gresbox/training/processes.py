@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["gather_objects", "process_rank", "same_everywhere", "start_accelerator", "world_size"]
+__all__ = ["gather_objects", "own_device", "process_rank", "same_everywhere", "start_accelerator", "world_size"]
 
 
 def world_size() -> int:
@@ -37,6 +37,17 @@ def same_everywhere(value: Any) -> Any:
     items = [value]
     torch.distributed.broadcast_object_list(items)
     return items[0]
+
+
+def own_device(*, cpu: bool = False) -> torch.device:
+    """The device of this process, which joins the others first if it was launched with others; alone it needs no accelerate.
+
+    Args:
+        cpu: Stay on the CPU where there is a GPU.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return start_accelerator(cpu=cpu).device
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
 
 def start_accelerator(amp: str = "no", *, cpu: bool = False) -> Any:

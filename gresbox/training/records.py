@@ -9,7 +9,7 @@ from typing import Any
 
 from gresbox.training.checkpoint import write_atomically
 
-__all__ = ["RunLog", "read_log"]
+__all__ = ["RunLog", "progress_bar", "read_log"]
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -54,9 +54,7 @@ class RunLog:
         kept = [entry for entry in read_log(self.path) if entry["step"] <= start]
         write_atomically(self.path, lambda temporary: temporary.write_text("".join(map(_line, kept)), encoding="utf-8"))
         if progress:
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, smoothing=0.1)
+            self._bar = progress_bar(total=total, initial=start, desc="train", unit="step", dynamic_ncols=True, smoothing=0.1)
         if tensorboard:
             self._board = _tensorboard(folder / "tensorboard")
 
@@ -88,6 +86,24 @@ class RunLog:
             self._bar.close()
         if self._board is not None:
             self._board.close()
+
+
+def progress_bar(**options: Any) -> Any:
+    """A tqdm bar.
+
+    Args:
+        **options: Those of ``tqdm.tqdm``.
+
+    Raises:
+        ImportError: If tqdm is not installed.
+    """
+    try:
+        from tqdm import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "train: `progress` needs tqdm; install it with pip install 'gresbox[train]', or go without a bar."
+        ) from error
+    return tqdm(**options)
 
 
 def _line(entry: dict[str, Any]) -> str:
