@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import torch
 from torch import Tensor, nn
 
 from gresbox._checks import check_range
 
-__all__ = ["MLP", "FeedForward"]
+__all__ = ["MLP", "FeedForward", "mean_token"]
 
 
 class MLP(nn.Module):
@@ -81,3 +82,25 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(x + self.linear2(self.linear1(x).relu()))
+
+
+def mean_token(tokens: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Mean over real tokens; 0 where there is none, whatever stands in the padding.
+
+    Args:
+        tokens: Word features.
+        valid: True on real tokens; None: all are real.
+
+    Shape:
+        - ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)``; returns ``(B, C)``, float32 (float64 for float64).
+
+    Example:
+        >>> import torch
+        >>> mean_token(torch.tensor([[[2.0], [4.0]]]), torch.tensor([[1, 0]]))
+        tensor([[2.]])
+    """
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    if valid is None:
+        return tokens.mean(1)
+    real = valid.bool()[..., None]  # (B, L, 1)
+    return tokens.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)

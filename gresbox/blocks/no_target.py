@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gresbox._checks import check_choice, check_shape
-from gresbox.blocks.heads import MLP
+from gresbox.blocks.heads import MLP, mean_token
 
 __all__ = ["NoTargetHead"]
 
@@ -55,7 +55,7 @@ class NoTargetHead(nn.Module):
             if self.inputs in ("both", "global"):
                 parts.append((scores.to(_wide(scores))[:, None] @ queries.to(_wide(scores)))[:, 0])
             if self.inputs in ("both", "sentence"):
-                parts.append(_masked_mean(tokens, valid))
+                parts.append(mean_token(tokens, valid))
             if self.inputs == "mean":
                 parts.append(queries.to(_wide(queries)).mean(1))
         return self.mlp(torch.cat(parts, dim=-1).to(queries.dtype))[:, 0]
@@ -66,12 +66,3 @@ class NoTargetHead(nn.Module):
 
 def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _masked_mean(tokens: Tensor, valid: Tensor | None) -> Tensor:
-    """Mean over real tokens, ``(B, L, C) -> (B, C)``; 0 where there is none, whatever stands in the padding."""
-    tokens = tokens.to(_wide(tokens))
-    if valid is None:
-        return tokens.mean(1)
-    real = valid.bool()[..., None]  # (B, L, 1)
-    return tokens.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)

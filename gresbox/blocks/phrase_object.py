@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from gresbox._checks import check_range, check_shape
 from gresbox.blocks.attention import MultiHeadAttention
-from gresbox.blocks.heads import MLP, FeedForward
+from gresbox.blocks.heads import MLP, FeedForward, mean_token
 from gresbox.blocks.object_text import ParallelObjectText
 from gresbox.blocks.position import sine_position, sine_position_1d
 from gresbox.structures import InstancePrediction
@@ -163,6 +163,8 @@ class PhraseObjectTransformer(nn.Module):
         mask_head: ``(B, N, C) -> (B, N, channels of pixels)``; None: three layers.
         score_prior: Relevance that every query starts with; a small one keeps the merged mask well-conditioned at the start.
         token_position: Add a sine table to the tokens inside object-text attention. Off: the text encoder has placed them.
+        text_queries: Add a linear map of the tokens' mean to the learned queries, so that what is predicted before block 1 depends on the
+            expression already, as in VATEX (arXiv:2404.08590). Off: the paper starts from learned queries alone.
         final_text: False builds no text side in the last block, for a model that reads neither the tokens of the last step (no
             phrase loss) nor their mean; otherwise these parameters would have no gradient.
         checkpoint: Recompute each block in the backward pass instead of storing its intermediate results.
@@ -199,6 +201,7 @@ class PhraseObjectTransformer(nn.Module):
         mask_head: nn.Module | None = None,
         score_prior: float = 0.01,
         token_position: bool = False,
+        text_queries: bool = False,
         final_text: bool = True,
         checkpoint: bool = False,
     ) -> None:
@@ -210,6 +213,7 @@ class PhraseObjectTransformer(nn.Module):
         self.num_levels, self.token_position, self.checkpoint = num_levels, token_position, checkpoint
         self.query_features = nn.Parameter(torch.randn(num_queries, dim))
         self.query_positions = nn.Parameter(torch.randn(num_queries, dim))
+        self.text_start = nn.Linear(dim, dim) if text_queries else None
         # With fewer blocks than levels the last levels are never read, so they own no embedding.
         self.level_embedding = nn.Parameter(torch.randn(min(num_levels, num_layers), dim))
         layers = []
@@ -235,6 +239,8 @@ class PhraseObjectTransformer(nn.Module):
         if self.token_position:
             token_position = sine_position_1d(tokens.shape[1], tokens.shape[2], device=tokens.device, dtype=tokens.dtype)
         queries = self.query_features.expand(pixels.shape[0], -1, -1)
+        if self.text_start is not None:
+            queries = queries + self.text_start(mean_token(tokens, valid).to(tokens.dtype))[:, None]
         steps = [self._predict(queries, pixels, tokens, valid)]
         for index, layer in enumerate(self.layers):
             level = index % self.num_levels

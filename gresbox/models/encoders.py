@@ -163,6 +163,8 @@ def config_from_dict(cls: type, values: Mapping[str, Any]) -> Any:
         nested = known[key].metadata.get("type") or (type(default) if dataclasses.is_dataclass(default) else None)
         if nested is not None and isinstance(value, Mapping):
             value = config_from_dict(nested, value)
+        elif isinstance(value, Mapping):
+            value = _tupled(value)
         elif isinstance(value, list):
             value = tuple(value)
         built[key] = value

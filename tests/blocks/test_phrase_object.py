@@ -416,3 +416,18 @@ def test_bad_inputs():
         transformer(memories, pixels, tokens[..., :4], valid)
     with pytest.raises(ValueError, match=r"`valid` must be \(B, L\) with L=4"):
         transformer(memories, pixels, tokens, valid[:, :3])
+
+
+def test_text_queries_let_the_first_prediction_depend_on_the_text():
+    memories, pixels = [torch.randn(2, 16, size, size) for size in (2, 4)], torch.randn(2, 16, 8, 8)
+    tokens, valid = torch.randn(2, 5, 16), torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    torch.manual_seed(0)
+    options = {"num_layers": 2, "num_heads": 4, "ffn_dim": 32, "num_queries": 5, "num_levels": 2}
+    plain = PhraseObjectTransformer(16, **options)(memories, pixels, tokens, valid)
+    transformer = PhraseObjectTransformer(16, text_queries=True, **options)
+    started = transformer(memories, pixels, tokens, valid)
+    assert torch.equal(plain[0].score_logits[0], plain[0].score_logits[1])
+    assert not torch.allclose(started[0].score_logits[0], started[0].score_logits[1])
+    assert (started[0].queries[0] - started[0].queries[1]).std(0).max() < 1e-5, "one shift for all queries of an image"
+    padded = transformer(memories, pixels, torch.cat([tokens, torch.randn(2, 3, 16)], 1), torch.nn.functional.pad(valid, (0, 3)))
+    torch.testing.assert_close(padded[-1].score_logits, started[-1].score_logits)
