@@ -252,6 +252,8 @@ def _draw_row(
         if titles:
             ax.set_title(title, fontsize=8, color="0.35", loc="left")
     axes[len(panels) - 2].set_xlabel(_verdict(prediction, target), fontsize=8)
+    if target is not None and not bool(_merged(target).any()):
+        axes[1].set_xlabel("nothing", fontsize=8)
     _draw_words(axes[-1], prediction, max_instances)
     figure.suptitle(_shorten(prediction.text, 90), fontsize=10, x=0.01, ha="left", parse_math=False)
 
@@ -262,7 +264,7 @@ def _merged(target: GresTarget) -> Tensor:
 
 def _verdict(prediction: GresPrediction, target: GresTarget | None) -> str:
     """What the answer says in numbers: probability of "nothing", and the overlap with the truth."""
-    parts = [] if prediction.no_target_prob is None else [f"nothing {prediction.no_target_prob:.2f}"]
+    parts = [] if prediction.no_target_prob is None else [f"p(nothing) {prediction.no_target_prob:.2f}"]
     if target is not None:
         truth, mask = _merged(target).cpu(), prediction.mask.cpu()
         union = int((truth | mask).sum())
