@@ -77,7 +77,13 @@ def run_cell(name: str, seed: int, *, steps: int, samples: int, threads: int) ->
     variant = VARIANTS[name]
     model = create_model("instalign_tiny", **variant.model)
     options = TrainOptions(
-        max_steps=steps, seed=seed, progress=False, checkpoint_seconds=0, log_every=50, evaluation=EvaluationOptions(batch=50), cpu=True
+        max_steps=steps,
+        seed=seed,
+        progress=False,
+        checkpoint_seconds=0,
+        log_every=50,
+        evaluation=EvaluationOptions(batch=50),
+        cpu=True,
     )
     train_set = SyntheticGRES("train", steps * model.recipe.batch, level="full")
     val_set = SyntheticGRES("val", samples, level="full")
@@ -141,10 +147,10 @@ def page() -> str:
         [
             "# Ablations on the synthetic benchmark",
             "",
-            f"`instalign_tiny`, level full, {steps[0]} steps of 32 samples, {samples[0]} validation samples ({share:.1f} % without a target),",
-            f"{len(cells)} cells, seeds {', '.join(map(str, SEEDS))}, {threads[0]} CPU thread(s) a cell, at most {longest:.0f} s of training each.",
-            "Mean ± standard deviation over seeds in percent; in brackets the difference to the default, \"=\" where it is smaller than the",
-            "larger of the two spreads. A short training of a small model on drawn scenes says little about the paper's numbers on",
+            f"`instalign_tiny`, level full, {steps[0]} steps of 32 samples, {samples[0]} validation samples",
+            f"({share:.1f} % without target), {len(cells)} cells, seeds {', '.join(map(str, SEEDS))}, {threads[0]} CPU thread(s) a cell,",
+            f"at most {longest:.0f} s of training each. Mean ± standard deviation over seeds in percent; in brackets the difference to the",
+            'default, "=" where it is smaller than the larger of the two spreads. A short training of a small model on drawn scenes says little about the paper's numbers on",
             "photographs; it says which switches work and what they do here.",
             "",
             *table(),

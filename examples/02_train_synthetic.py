@@ -2,8 +2,8 @@
 Train on the synthetic benchmark
 ================================
 
-The quick start in Python: a small InstAlign learns from drawn scenes what phrases refer to. Here it trains for seconds, enough to see
-the loss fall; the command ``gresbox train --model instalign_tiny --data synthetic`` does the same for minutes.
+The quick start in Python: a small InstAlign learns from drawn scenes what phrases refer to. Here it trains for seconds, enough to
+see the loss fall; the command ``gresbox train --model instalign_tiny --data synthetic`` does the same for minutes.
 """
 
 import tempfile

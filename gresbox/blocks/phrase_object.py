@@ -163,8 +163,8 @@ class PhraseObjectTransformer(nn.Module):
         mask_head: ``(B, N, C) -> (B, N, channels of pixels)``; None: three layers.
         score_prior: Relevance that every query starts with; a small one keeps the merged mask well-conditioned at the start.
         token_position: Add a sine table to the tokens inside object-text attention. Off: the text encoder has placed them.
-        text_queries: Add a linear map of the tokens' mean to the learned queries, so that what is predicted before block 1 depends on the
-            expression already, as in VATEX (arXiv:2404.08590). Off: the paper starts from learned queries alone.
+        text_queries: Add a linear map of the tokens' mean to the learned queries, so that what is predicted before block 1 depends
+            on the expression already, as in VATEX (arXiv:2404.08590). Off: the paper starts from learned queries alone.
         final_text: False builds no text side in the last block, for a model that reads neither the tokens of the last step (no
             phrase loss) nor their mean; otherwise these parameters would have no gradient.
         checkpoint: Recompute each block in the backward pass instead of storing its intermediate results.

@@ -57,7 +57,9 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         """The training loss that belongs to this model."""
         raise NotImplementedError
 
-    def parameter_groups(self, lr: float, *, weight_decay: float | None = None, backbone_lr_scale: float | None = None) -> list[dict]:
+    def parameter_groups(
+        self, lr: float, *, weight_decay: float | None = None, backbone_lr_scale: float | None = None
+    ) -> list[dict]:
         """Optimiser groups: encoders with a smaller rate, no decay on norms, embeddings, position tables and PReLU slopes.
 
         Args:
@@ -142,10 +144,13 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         if len(sizes) != batch or (texts is not None and len(texts) != batch):
             got = len(sizes) if texts is None or len(sizes) != batch else len(texts)
             raise ValueError(f"postprocess: `sizes` and `texts` must be one per image with B={batch}, got {got}.")
-        probs = [None] * batch if output.no_target is None else output.no_target.float().sigmoid().tolist()
+        probs: list[float | None] = [None] * batch
+        if output.no_target is not None:
+            probs = output.no_target.float().sigmoid().tolist()
         answers = []
         for index, (height, width) in enumerate(sizes):
-            nothing = probs[index] is not None and probs[index] > no_target_threshold
+            probability = probs[index]
+            nothing = probability is not None and probability > no_target_threshold
             logits = output.merged[index : index + 1, None].float()
             mask = _resize(logits, (height, width), output.align_corners)[0, 0] > 0
             text = "" if texts is None else texts[index]
@@ -158,7 +163,7 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
                 GresPrediction(
                     text=text,
                     mask=mask & (not nothing),
-                    no_target_prob=probs[index],
+                    no_target_prob=probability,
                     scores=kept.get("scores", logits.new_zeros(0)),
                     instance_masks=kept.get("instance_masks", empty),
                     boxes_xyxy=kept.get("boxes_xyxy", logits.new_zeros(0, 4)),
@@ -220,13 +225,21 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         self.processor.save_tokenizer(folder)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, config: Any = None, map_location: str = "cpu", strict: bool = True, **options: Any) -> Any:
-        hub = {key: options.pop(key) for key in ("revision", "cache_dir", "force_download", "local_files_only", "token") if key in options}
+    def _from_pretrained(
+        cls, *, model_id: str, config: Any = None, map_location: str = "cpu", strict: bool = True, **options: Any
+    ) -> Any:
+        hub: dict[str, Any] = {
+            key: options.pop(key)
+            for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            if key in options
+        }
         for key in ("proxies", "resume_download"):
             options.pop(key, None)
         unknown = sorted(set(options) - set(cls.part_names))
         if unknown:
-            raise ValueError(f"{cls.__name__}.from_pretrained: `{unknown[0]}` must be one of {', '.join(cls.part_names)}, got another name.")
+            raise ValueError(
+                f"{cls.__name__}.from_pretrained: `{unknown[0]}` must be one of {', '.join(cls.part_names)}, got another name."
+            )
         described = read_config(model_id, **hub)
         missing = sorted(set(described.get("foreign_parts", {})) - set(options))
         if missing:
@@ -235,7 +248,9 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         model = cls(config_from_dict(cls.config_class, described["config"]))
         for name, part in options.items():
             setattr(model, name, part)
-        model.processor = GresProcessor(**described["processor"], tokenizer=_saved_tokenizer(model_id, hub, model.processor.tokenizer))
+        model.processor = GresProcessor(
+            **described["processor"], tokenizer=_saved_tokenizer(model_id, hub, model.processor.tokenizer)
+        )
         model._load_weights(find_file(model_id, WEIGHTS_FILE, **hub), strict)
         return model.to(map_location).eval()
 
@@ -247,7 +262,9 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         try:
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{who}: {Path(path).name} must be a safetensors file, got one that cannot be read ({error}).") from error
+            raise ValueError(
+                f"{who}: {Path(path).name} must be a safetensors file, got one that cannot be read ({error})."
+            ) from error
         own = {name: tensor.shape for name, tensor in self.state_dict().items()}
         wrong = sorted(name for name in own.keys() & weights.keys() if own[name] != weights[name].shape)
         lost, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())

@@ -65,7 +65,8 @@ class ImageEncoder(nn.Module):
 
     Example:
         >>> import torch
-        >>> encoder = ImageEncoder(ImageEncoderConfig("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}), image_size=64)
+        >>> config = ImageEncoderConfig("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)})
+        >>> encoder = ImageEncoder(config, image_size=64)
         >>> [tuple(level.shape) for level in encoder(torch.zeros(1, 3, 64, 64))]
         [(1, 8, 16, 16), (1, 16, 8, 8), (1, 24, 4, 4), (1, 32, 2, 2)]
     """
@@ -74,12 +75,15 @@ class ImageEncoder(nn.Module):
         super().__init__()
         import timm
 
-        size = {"img_size": image_size} if config.fixed_size else {}
+        options: dict[str, Any] = _tupled(config.options) | ({"img_size": image_size} if config.fixed_size else {})
         name = config.name if pretrained else config.name.split(".")[0]
-        self.body = timm.create_model(name, pretrained=pretrained, features_only=True, **size, **_tupled(config.options))
-        strides, self.channels = self.body.feature_info.reduction()[-4:], tuple(self.body.feature_info.channels()[-4:])
+        self.body: Any = timm.create_model(name, pretrained=pretrained, features_only=True, **options)
+        info: Any = self.body.feature_info
+        strides, self.channels = info.reduction()[-4:], tuple(info.channels()[-4:])
         if list(strides) != [4, 8, 16, 32]:
-            raise ValueError(f"ImageEncoder: `config` must name a model with stages at strides 4, 8, 16, 32, got {strides} ({name}).")
+            raise ValueError(
+                f"ImageEncoder: `config` must name a model with stages at strides 4, 8, 16, 32, got {strides} ({name})."
+            )
         self.channels_last = str(getattr(self.body, "output_fmt", "NCHW")).endswith("NHWC")
         self.norms = nn.ModuleList(nn.LayerNorm(channels) for channels in self.channels)
 

@@ -69,8 +69,8 @@ class InstAlignConfig:
         slope_per_query: One slope per query instead of one for all.
         aggregation_bias: Add a learnable scalar to the merged logits.
         no_target_inputs: ``"both"``, ``"global"``, ``"sentence"`` or ``"mean"`` (Table 3c).
-        final_text: False leaves out the text side of the last block, for trainings that never read the last step's tokens: supervision
-            without phrases together with ``no_target_inputs`` ``"global"`` or ``"mean"``.
+        final_text: False leaves out the text side of the last block, for trainings that never read the last step's tokens:
+            supervision without phrases together with ``no_target_inputs`` ``"global"`` or ``"mean"``.
         gradient_checkpointing: Recompute the blocks in the backward pass.
         loss_weights: Weights of the criterion's terms.
         recipe: The training numbers.
@@ -159,7 +159,7 @@ class InstAlign(GresModel):
         super().__init__()
         check_choice("InstAlignConfig", "object_text", config.object_text, tuple(OBJECT_TEXT))
         self.config = config
-        tokenizer = word_tokenizer(config.vocabulary) if config.vocabulary else None
+        tokenizer: Any = word_tokenizer(config.vocabulary) if config.vocabulary else None
         if pretrained and tokenizer is None:
             tokenizer = _pretrained_tokenizer(config.text_encoder.pretrained)
         self.processor = GresProcessor(config.image_size, tokenizer, max_tokens=config.max_tokens)
@@ -198,9 +198,7 @@ class InstAlign(GresModel):
         self._finish()
 
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> GresOutput:
-        check_shape(
-            "InstAlign", images=(images, "B 3 H W"), input_ids=(input_ids, "B L"), attention_mask=(attention_mask, "B L")
-        )
+        check_shape("InstAlign", images=(images, "B 3 H W"), input_ids=(input_ids, "B L"), attention_mask=(attention_mask, "B L"))
         check_float("InstAlign", images=images)
         valid = attention_mask.bool()
         pixels, memories = self.pixel_decoder(self.image_encoder(images))
@@ -211,7 +209,7 @@ class InstAlign(GresModel):
         return GresOutput(self.aggregation(last), no_target, last, tuple(aux))
 
     def encode(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The encoders alone: stride-32 features ``(B, Cv, h, w)``, word features ``(B, L, Ct)`` before the projection, ``valid``."""
+        """The encoders alone: stride-32 features ``(B, Cv, h, w)``, unprojected word features ``(B, L, Ct)``, ``valid``."""
         valid = attention_mask.bool()
         return self.image_encoder(images)[-1], self.text_encoder.encode(input_ids, valid), valid
 
@@ -274,6 +272,7 @@ INSTALIGN_TINY = InstAlignConfig(
     loss_weights=InstAlignWeights(no_target=2.0, no_target_classes=(1.0, 3.0)),
     recipe=Recipe(lr=2e-3, final_lr=2e-5, epochs=1.5, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
 )
-"""For two CPU cores and minutes, from scratch. Beside its sizes it differs from the paper in four numbers, each because a short training
-from random weights needs it: places in the pixel features, queries that start from the sentence, a no-target weight of 2, thrice that
-on samples without target (0.1 is lost among the other terms for the first thousand steps), and one learning rate for all parts."""
+"""For two CPU cores and minutes, from scratch. Beside its sizes it differs from the paper in four numbers, each because a short
+training from random weights needs it: places in the pixel features, queries that start from the sentence, a no-target weight of 2,
+thrice that on samples without target (0.1 is lost among the other terms for the first thousand steps), and one learning rate for
+all parts."""

@@ -20,8 +20,8 @@ class GresProcessor:
     """Prepare pictures and expressions for a model.
 
     Pictures are resized to a square without keeping the aspect, as the field does (paper Sec. 4.1: 480 x 480), bilinearly with
-    antialiasing, and normalised with ImageNet's mean and standard deviation. Texts are cut at ``max_tokens`` with the end token kept
-    and padded on the right.
+    antialiasing, and normalised with ImageNet's mean and standard deviation. Texts are cut at ``max_tokens`` with the end token
+    kept and padded on the right.
 
     Args:
         image_size: Side of the square, in pixels.

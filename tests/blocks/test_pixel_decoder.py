@@ -193,7 +193,9 @@ def test_errors():
 
 def test_pixel_position_tells_equal_places_apart():
     torch.manual_seed(0)
-    maps = [torch.ones(1, channels, 16 // stride, 16 // stride) for channels, stride in zip((8, 16, 24, 32), (1, 2, 4, 8), strict=True)]
+    maps = [
+        torch.ones(1, channels, 16 // stride, 16 // stride) for channels, stride in zip((8, 16, 24, 32), (1, 2, 4, 8), strict=True)
+    ]
     decoder = MSDeformPixelDecoder((8, 16, 24, 32), 32, num_layers=0, num_heads=4, pixel_position=True)
     inside = decoder(maps)[0][0, :, 4:12, 4:12].flatten(1)
     assert inside.std(1).max() > 0.1
