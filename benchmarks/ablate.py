@@ -149,8 +149,9 @@ def page() -> str:
             "",
             f"`instalign_tiny`, level full, {steps[0]} steps of 32 samples, {samples[0]} validation samples",
             f"({share:.1f} % without target), {len(cells)} cells, seeds {', '.join(map(str, SEEDS))}, {threads[0]} CPU thread(s) a cell,",
-            f"at most {longest:.0f} s of training each. Mean ± standard deviation over seeds in percent; in brackets the difference to the",
-            'default, "=" where it is smaller than the larger of the two spreads. A short training of a small model on drawn scenes says little about the paper's numbers on",
+            f"at most {longest:.0f} s of training each. Mean ± standard deviation over seeds in percent; in brackets the difference",
+            'to the default, "=" where it is smaller than the larger of the two spreads. A short training of a small model on drawn',
+            "scenes says little about the paper's numbers on",
             "photographs; it says which switches work and what they do here.",
             "",
             *table(),
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the cells")
     parser.add_argument("--cell", "--cells", dest="cells", metavar="I/N", help="cell I, or cells I-J")
     parser.add_argument("--table", action="store_true", help="write the documentation's page and plot")
-    parser.add_argument("--steps", type=int, default=400, help="optimiser steps of a cell")
+    parser.add_argument("--steps", type=int, default=900, help="optimiser steps of a cell")
     parser.add_argument("--samples", type=int, default=1000, help="validation samples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
