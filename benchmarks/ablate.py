@@ -138,21 +138,20 @@ def table() -> Iterator[str]:
 def page() -> str:
     """The documentation's page."""
     cells = [cell for name in VARIANTS for cell in results(name)]
-    steps = sorted({cell["steps"] for cell in cells})
-    samples = sorted({int(cell["scores"]["samples"]) for cell in cells})
+    steps, threads = cells[0]["steps"], cells[0]["environment"]["threads"]
+    samples = int(cells[0]["scores"]["samples"])
     share = statistics.mean(cell["scores"]["no_target_share"] for cell in cells)
     longest = max(cell["scores"]["seconds"] for cell in cells)
-    threads = sorted({cell["environment"]["threads"] for cell in cells})
+    seeds = ", ".join(map(str, SEEDS))
     return "\n".join(
         [
             "# Ablations on the synthetic benchmark",
             "",
-            f"`instalign_tiny`, level full, {steps[0]} steps of 32 samples, {samples[0]} validation samples",
-            f"({share:.1f} % without target), {len(cells)} cells, seeds {', '.join(map(str, SEEDS))}, {threads[0]} CPU thread(s) a cell,",
-            f"at most {longest:.0f} s of training each. Mean ± standard deviation over seeds in percent; in brackets the difference",
-            'to the default, "=" where it is smaller than the larger of the two spreads. A short training of a small model on drawn',
-            "scenes says little about the paper's numbers on",
-            "photographs; it says which switches work and what they do here.",
+            f"`instalign_tiny`, level full, {steps} steps of 32 samples, {samples} validation samples ({share:.1f} % without target);",
+            f"{len(cells)} cells, seeds {seeds}, {threads} CPU thread(s) a cell, at most {longest:.0f} s of training each.",
+            "Mean ± standard deviation over seeds in percent; in brackets the difference to the default, or an equals sign where it is",
+            "smaller than the larger of the two spreads. A short training of a small model on drawn scenes says little about the",
+            "paper's numbers on photographs; it says which switches work and what they do here.",
             "",
             *table(),
             "",

@@ -180,7 +180,7 @@ def _add_machine_options(parser: Any) -> None:
 def _train(args: argparse.Namespace) -> None:
     import torch
 
-    from gresbox.models import create_model, load_model
+    from gresbox.models import create_model, load_model, preset_config
     from gresbox.training import EvaluationOptions, TrainOptions, train
     from gresbox.training.processes import own_device, process_rank
 
@@ -197,6 +197,8 @@ def _train(args: argparse.Namespace) -> None:
         overrides["image_size"] = args.image_size
     if args.init is not None and overrides:
         raise ValueError("gresbox train: --set and --image-size must not come with --init, which fixes the model's numbers.")
+    if args.init is None and args.data != "synthetic" and preset_config(args.model).vocabulary:
+        overrides.setdefault("vocabulary", _vocabulary(args, preset_config(args.model).vocabulary))
     model = load_model(args.init) if args.init is not None else create_model(args.model, pretrained=args.pretrained, **overrides)
     side = model.processor.image_size
     train_set = _dataset(args, args.train_split, args.train_size, side)
@@ -301,6 +303,15 @@ def _dataset(args: argparse.Namespace, split: str, size: int, side: int) -> Any:
     if args.data == "synthetic":
         return SyntheticGRES(split, size, level=args.level, image_size=args.image_size or side)
     return GRefCOCO(args.data, split)
+
+
+def _vocabulary(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, ...]:
+    """A small preset's words and those of the training texts: its word-level tokenizer knows nothing else."""
+    from gresbox.data import GRefCOCO
+    from gresbox.models import words_in
+
+    texts = GRefCOCO(args.data, args.train_split, images=False)
+    return tuple(sorted({*words, *words_in(texts.text(index) for index in range(len(texts)))}))
 
 
 def _run_folder(args: argparse.Namespace) -> Path:

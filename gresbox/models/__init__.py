@@ -10,7 +10,7 @@ from typing import Any
 from gresbox.models.base import GresModel, read_config
 from gresbox.models.encoders import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gresbox.models.instalign import INSTALIGN_SWIN_BASE, INSTALIGN_SWIN_TINY, INSTALIGN_TINY, InstAlign, InstAlignConfig
-from gresbox.models.processor import GresProcessor, word_tokenizer
+from gresbox.models.processor import GresProcessor, word_tokenizer, words_in
 
 __all__ = [
     "GresModel",
@@ -24,7 +24,9 @@ __all__ = [
     "create_model",
     "list_models",
     "load_model",
+    "preset_config",
     "word_tokenizer",
+    "words_in",
 ]
 
 MODELS: dict[str, tuple[type[GresModel], Any]] = {
@@ -53,11 +55,8 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> An
         >>> model.config.num_queries
         5
     """
-    if name not in MODELS:
-        near = difflib.get_close_matches(str(name), MODELS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"create_model: no model {name!r}.{hint} list_models() shows all.")
-    model_class, config = MODELS[name]
+    config = preset_config(name)
+    model_class = MODELS[name][0]
     known = [field.name for field in dataclasses.fields(config)]
     for key in overrides:
         if key not in known:
@@ -65,6 +64,23 @@ def create_model(name: str, *, pretrained: bool = False, **overrides: Any) -> An
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"create_model: {name!r} has no option {key!r}.{hint} Options: {', '.join(known)}.")
     return model_class(dataclasses.replace(config, **overrides), pretrained=pretrained)
+
+
+def preset_config(name: str) -> Any:
+    """The frozen config of a preset: the numbers that :func:`create_model` builds from.
+
+    Raises:
+        ValueError: If the preset does not exist; the message suggests the nearest.
+
+    Example:
+        >>> preset_config("instalign_swin_base").num_queries
+        100
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(str(name), MODELS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"create_model: no model {name!r}.{hint} list_models() shows all.")
+    return MODELS[name][1]
 
 
 def list_models(pattern: str = "*") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["GresProcessor", "word_tokenizer"]
+__all__ = ["GresProcessor", "word_tokenizer", "words_in"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -143,6 +144,16 @@ def to_tensor(image: Any) -> Tensor:
     import numpy as np
 
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def words_in(texts: Iterable[str]) -> tuple[str, ...]:
+    """All words and punctuation marks of some texts as :func:`word_tokenizer` sees them, sorted.
+
+    Example:
+        >>> words_in(["The dog, left", "the cat"])
+        (',', 'cat', 'dog', 'left', 'the')
+    """
+    return tuple(sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]", text.lower())}))
 
 
 def word_tokenizer(words: Iterable[str]) -> Any:
