@@ -273,6 +273,6 @@ INSTALIGN_TINY = InstAlignConfig(
     recipe=Recipe(lr=2e-3, final_lr=2e-5, epochs=1.5, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50, beta2=0.98),
 )
 """For two CPU cores and minutes, from scratch. Beside its sizes it differs from the paper in what a short training from random
-weights was seen to need: places in the pixel features, queries that start from the sentence, a phrase weight of 0.2, a no-target
-weight of 2, thrice that on samples without target (0.1 is lost among the other terms for the first thousand steps), and one rate for
-all parts."""
+weights was seen to need: places in the pixel features, queries that start from the sentence, a phrase weight of 0.2, one learning
+rate for all parts, and a no-target weight of 2, thrice that on samples without target (0.1 is lost among the other terms for the
+first thousand steps)."""
