@@ -322,7 +322,6 @@ class Recipe:
         power: Exponent of ``poly``.
         milestones: Fractions of training at which ``step`` multiplies the rate by ``gamma``.
         gamma: Factor of ``step``.
-        beta2: AdamW's decay of the squared gradients.
     """
 
     optimizer: str = "adamw"
@@ -340,7 +339,6 @@ class Recipe:
     power: float = 0.9
     milestones: tuple[float, ...] = (0.9,)
     gamma: float = 0.1
-    beta2: float = 0.999
 
 
 for _structure in (GresTarget, InstancePrediction, GresOutput):

@@ -120,7 +120,7 @@ class Trainer:
         groups = self.plain.parameter_groups(self.recipe.lr)  # type: ignore[operator]
         self.plain.to(self.device)
         fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters instead of a dozen small operations for each
-        self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, betas=(0.9, self.recipe.beta2), fused=fused)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=fused)
         if resume and self.checkpoints.steps():
             self._restore(self.checkpoints.load(self.plain, self.checkpoints.steps()[-1]))
         self.plain.train()
