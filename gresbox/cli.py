@@ -220,6 +220,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from gresbox.training.processes import own_device, process_rank
     from gresbox.training.results import write_json
 
+    if args.out is not None and args.out.is_dir():
+        raise ValueError(f"gresbox evaluate: --out must be a file, got the folder {args.out}.")
     device = own_device(cpu=args.cpu)
     _use_threads(args)
     options = EvaluationOptions(args.batch, args.workers, args.resized, args.threshold, args.limit, not args.quiet)
@@ -255,7 +257,9 @@ def _predict(args: argparse.Namespace) -> None:
 def _synthesize(args: argparse.Namespace) -> None:
     from gresbox.data import synthesize
 
-    sizes = {split: getattr(args, split) for split in ("train", "val", "testA", "testB") if getattr(args, split) > 0}
+    sizes = {split: getattr(args, split) for split in ("train", "val", "testA", "testB") if getattr(args, split) != 0}
+    if not sizes or min(sizes.values()) < 0:
+        raise ValueError("gresbox data synthesize: sizes must be at least 0, and one of them at least 1.")
     out = synthesize(args.out, sizes=sizes, level=args.level, image_size=args.image_size, seed=args.seed)
     print(f"wrote {', '.join(f'{size} {split}' for split, size in sizes.items())} to {out}")
 
@@ -281,7 +285,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
 
     from gresbox import __version__
-    from gresbox.ops._backend import has_triton, why_not_triton
+    from gresbox.ops._backend import why_not_triton
 
     print(f"gresbox {__version__}, Python {platform.python_version()}, {platform.platform()}")
     names = "torch torchvision numpy scipy timm transformers tokenizers torchmetrics safetensors huggingface_hub accelerate"
@@ -294,7 +298,7 @@ def _env(args: argparse.Namespace) -> None:
     for index in range(torch.cuda.device_count()):
         print(f"GPU {index}: {torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}")
     reason = why_not_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
-    print("Triton kernels: " + ("ready" if has_triton() and reason is None else f"not used, {reason}"))
+    print("Triton: " + ("usable; no operation has a kernel yet" if reason is None else f"not used, {reason}"))
 
 
 def _dataset(args: argparse.Namespace, split: str, size: int, side: int) -> Any:

@@ -181,6 +181,14 @@ class GRefCOCO(Dataset[GresSample]):
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
     def _index(self, references: list[Mapping[str, Any]], instances: Mapping[str, Any], sentence: str) -> list[_Reference]:
+        try:
+            return self._checked_index(references, instances, sentence)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"GRefCOCO: references and instances must have the released form's fields, got an entry without ({error})."
+            ) from error
+
+    def _checked_index(self, references: list[Mapping[str, Any]], instances: Mapping[str, Any], sentence: str) -> list[_Reference]:
         pictures = {image["id"]: image for image in instances["images"]}
         annotations = {annotation["id"]: annotation for annotation in instances["annotations"]}
         bad: set[int] = set()
@@ -211,7 +219,7 @@ class GRefCOCO(Dataset[GresSample]):
             warnings.warn(
                 f"GRefCOCO: {len(bad)} annotations hold polygons of fewer than three points, which are left out; "
                 f"{lost} references have no usable mask and are skipped.",
-                stacklevel=3,
+                stacklevel=4,
             )
         return entries
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gresbox import __version__
+from gresbox._checks import check_range
 from gresbox.models.encoders import config_from_dict
 from gresbox.models.groups import parameter_groups
 from gresbox.models.processor import GresProcessor, to_tensor
@@ -140,6 +141,8 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
         Returns:
             One prediction per picture. Where the answer is "nothing", the mask is empty and there are no instances.
         """
+        check_range("postprocess", "no_target_threshold", no_target_threshold, 0, 1)
+        check_range("postprocess", "score_threshold", score_threshold, 0, 1)
         batch = output.merged.shape[0]
         if len(sizes) != batch or (texts is not None and len(texts) != batch):
             got = len(sizes) if texts is None or len(sizes) != batch else len(texts)
@@ -328,7 +331,8 @@ def read_config(model_id: str, **hub: Any) -> dict[str, Any]:
         described = json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"load_model: {CONFIG_FILE} must be JSON, got a file that cannot be read ({error}).") from error
-    if not isinstance(described, dict) or not {"model_class", "config", "processor"} <= described.keys():
+    kinds = {"model_class": str, "config": dict, "processor": dict}
+    if not isinstance(described, dict) or not all(isinstance(described.get(key), kind) for key, kind in kinds.items()):
         raise ValueError(f"load_model: {CONFIG_FILE} must be one that gresbox wrote (model_class, config, processor), got another.")
     return described
 

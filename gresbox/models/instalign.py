@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gresbox._checks import check_choice, check_float, check_shape
+from gresbox._checks import check_choice, check_float, check_range, check_shape
 from gresbox.blocks import (
     AdaptiveInstanceAggregation,
     GatedObjectText,
@@ -120,6 +120,42 @@ class InstAlignConfig:
     loss_weights: InstAlignWeights = InstAlignWeights()
     recipe: Recipe = Recipe()
 
+    def __post_init__(self) -> None:
+        who = "InstAlignConfig"
+        for name, kind in _NESTED.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"{who}: `{name}` must be a {kind.__name__}, got {getattr(self, name)!r}.")
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{who}: `{name}` must be a whole number, got {value!r}.")
+            check_range(who, name, value, 0 if name == "pixel_layers" else 1)
+        check_range(who, "max_tokens", self.max_tokens, 3)  # a word between the two special tokens
+        if isinstance(self.vocabulary, str) or not all(isinstance(word, str) for word in self.vocabulary):
+            raise TypeError(f"{who}: `vocabulary` must be words, got {type(self.vocabulary).__name__}.")
+        if self.dim % self.num_heads or self.dim % 4:
+            raise ValueError(f"{who}: `dim` must be a multiple of 4 and of num_heads={self.num_heads}, got {self.dim}.")
+        check_choice(who, "object_text", self.object_text, tuple(OBJECT_TEXT))
+
+
+_NESTED = {
+    "image_encoder": ImageEncoderConfig,
+    "text_encoder": TextEncoderConfig,
+    "loss_weights": InstAlignWeights,
+    "recipe": Recipe,
+}
+_COUNTS = (
+    "image_size",
+    "max_tokens",
+    "dim",
+    "num_queries",
+    "num_layers",
+    "num_heads",
+    "ffn_dim",
+    "pixel_layers",
+    "pixel_ffn_dim",
+)
+
 
 class InstAlign(GresModel):
     r"""Instance-aware generalized referring expression segmentation.
@@ -157,7 +193,6 @@ class InstAlign(GresModel):
 
     def __init__(self, config: InstAlignConfig, *, pretrained: bool = False) -> None:
         super().__init__()
-        check_choice("InstAlignConfig", "object_text", config.object_text, tuple(OBJECT_TEXT))
         self.config = config
         tokenizer: Any = word_tokenizer(config.vocabulary) if config.vocabulary else None
         if pretrained and tokenizer is None:

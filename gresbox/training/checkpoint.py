@@ -47,8 +47,11 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let ``write`` fill a temporary file or directory beside ``path``, flush it to the disk and rename it to ``path``.
 
     Args:
-        path: The final name; a file there is replaced, a directory is removed first.
+        path: The final name; a file there is replaced by a file, a directory by a directory.
         write: Is given the temporary path, which does not exist yet.
+
+    Raises:
+        IsADirectoryError: If a file would replace a directory.
 
     Example:
         >>> import tempfile
@@ -65,6 +68,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         for item in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
             _flush(item)
         if path.is_dir():
+            if not temporary.is_dir():
+                raise IsADirectoryError(f"write_atomically: `path` must be a file to write, got the folder {path}.")
             _remove(path)
         os.replace(temporary, path)
     except BaseException:

@@ -232,3 +232,17 @@ def test_real_pictures(realdata):
     assert kinds == {"zero", "one", "many"}
     with pytest.raises(ValueError, match="`split` must be one of 'train', "):
         GRefCOCO(root, "nowhere")
+
+
+@pytest.mark.parametrize("lost", ["sent_id", "file_name"])
+def test_a_missing_field_is_one_line(lost, tmp_path):
+    references = [ref(1, [1], "the thing")]
+    root = write(tmp_path, references, [ann(1, [SQUARE])])
+    if lost == "sent_id":
+        del references[0]["sentences"][0]["sent_id"]
+        (root / "grefcoco" / "grefs(unc).json").write_text(json.dumps(references))
+    else:
+        path = root / "grefcoco" / "instances.json"
+        path.write_text(path.read_text().replace("file_name", "filename"))
+    with pytest.raises(ValueError, match=rf"released form's fields, got an entry without \('{lost}'\)"):
+        GRefCOCO(root, "val")

@@ -182,3 +182,36 @@ def test_the_tokenizer_of_a_paper_size_preset_is_asked_for_in_one_line():
 
     with pytest.raises(RuntimeError, match="`tokenizer` must be set before texts are processed: use pretrained=True"):
         GresProcessor(480)([picture()], ["a dog"])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"image_encoder": "swin"}, "`image_encoder` must be a ImageEncoderConfig, got 'swin'"),
+        ({"num_heads": 0}, "`num_heads` must be at least 1, got 0"),
+        ({"num_queries": "ten"}, "`num_queries` must be a whole number, got 'ten'"),
+        ({"max_tokens": 2}, "`max_tokens` must be at least 3, got 2"),
+        ({"vocabulary": "red"}, "`vocabulary` must be words, got str"),
+        ({"dim": 30}, "`dim` must be a multiple of 4 and of num_heads=4, got 30"),
+        ({"object_text": "both"}, "`object_text` must be one of 'parallel'"),
+    ],
+)
+def test_a_wrong_number_in_a_config_is_one_line(override, message):
+    with pytest.raises((TypeError, ValueError), match="InstAlignConfig: ") as caught:
+        create_model("instalign_tiny", **override)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", [{"config": []}, {"processor": None}, {"model_class": ["InstAlign"]}], ids=str)
+def test_a_config_file_of_another_form_is_one_line(part, tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    described = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**described, **part}))
+    with pytest.raises(ValueError, match="config.json must be one that gresbox wrote"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("threshold", [7.0, float("nan")])
+def test_a_threshold_that_is_no_probability_is_refused(threshold, tiny):
+    with pytest.raises(ValueError, match=r"postprocess: `no_target_threshold` must be in \[0, 1\]"):
+        tiny.predict(picture(), "the dog", no_target_threshold=threshold)

@@ -96,3 +96,12 @@ def test_random_state_survives_a_file(tmp_path):
     wanted = (random.random(), np.random.standard_normal(2).tolist(), torch.rand(2).tolist())  # noqa: NPY002
     set_random_state(torch.load(tmp_path / "random.pt", weights_only=True))
     assert (random.random(), np.random.standard_normal(2).tolist(), torch.rand(2).tolist()) == wanted  # noqa: NPY002
+
+
+def test_a_file_never_replaces_a_folder(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("precious")
+    with pytest.raises(IsADirectoryError, match="`path` must be a file to write, got the folder"):
+        write_atomically(tmp_path / "model", lambda temporary: temporary.write_text("{}"))
+    assert (tmp_path / "model" / "weights").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
