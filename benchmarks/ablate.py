@@ -91,7 +91,8 @@ def run_cell(name: str, seed: int, *, steps: int, samples: int, threads: int) ->
         criterion = model.criterion(**variant.criterion)
         scores = train(model, train_set, val_set, Path(folder) / "run", options, criterion=criterion)
     environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads, "device": "cpu"}
-    return {"variant": name, "seed": seed, "steps": steps, "scores": scores, "environment": environment}
+    budget = {"steps": steps, "batch": model.recipe.batch}
+    return {"variant": name, "seed": seed, **budget, "scores": scores, "environment": environment}
 
 
 def write(path: Path, text: str) -> None:
@@ -117,8 +118,8 @@ def compared(name: str, metric: str) -> str:
     """A table's entry: mean, spread, and the difference to the default or "="."""
     values = [cell["scores"][metric] for cell in results(name)]
     base = [cell["scores"][metric] for cell in results("default")]
-    entry = f"{statistics.mean(values):.1f} ± {spread(values):.1f}"
-    if name == "default" or not base:
+    entry = f"{statistics.mean(values):.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else " (one seed)")
+    if name == "default" or len(values) < 2 or len(base) < 2:
         return entry
     difference = statistics.mean(values) - statistics.mean(base)
     same = abs(difference) < max(spread(values), spread(base))
@@ -138,8 +139,10 @@ def table() -> Iterator[str]:
 def page() -> str:
     """The documentation's page."""
     cells = [cell for name in VARIANTS for cell in results(name)]
-    steps, threads = cells[0]["steps"], cells[0]["environment"]["threads"]
-    samples = int(cells[0]["scores"]["samples"])
+    settings = {(cell["steps"], cell["batch"], int(cell["scores"]["samples"]), cell["environment"]["threads"]) for cell in cells}
+    if len(settings) != 1:
+        raise SystemExit(f"ablate: the finished cells must have one budget for a table, got {sorted(settings) or 'no cell'}.")
+    steps, batch, samples, threads = settings.pop()
     share = statistics.mean(cell["scores"]["no_target_share"] for cell in cells)
     longest = max(cell["scores"]["seconds"] for cell in cells)
     seeds = ", ".join(map(str, SEEDS))
@@ -147,7 +150,7 @@ def page() -> str:
         [
             "# Ablations on the synthetic benchmark",
             "",
-            f"`instalign_tiny`, level full, {steps} steps of 32 samples, {samples} validation samples,",
+            f"`instalign_tiny`, level full, {steps} steps of {batch} samples, {samples} validation samples,",
             f"{share:.1f} % of them without a target;",
             f"{len(cells)} cells, seeds {seeds}, {threads} CPU thread(s) a cell, at most {longest:.0f} s of training each.",
             "Mean ± standard deviation over seeds in percent; in brackets the difference to the default, or an equals sign where",
@@ -184,10 +187,14 @@ def plot(path: Path) -> None:
 
 def chosen(text: str) -> list[tuple[str, int]]:
     """``"3/24"``, ``"3"`` or ``"1-24"`` to cells; counting starts at 1."""
-    first, _, last = text.partition("/")[0].partition("-")
+    cells, _, total = text.partition("/")
+    first, _, last = cells.partition("-")
+    numbers = [first, last or first, total or str(len(CELLS))]
+    if not all(number.isdigit() for number in numbers) or not 1 <= int(first) <= int(last or first) <= len(CELLS):
+        raise SystemExit(f"ablate: --cells must be I, I-J or I/{len(CELLS)} with I and J in 1-{len(CELLS)}, got {text}.")
+    if int(numbers[2]) != len(CELLS):
+        raise SystemExit(f"ablate: there are {len(CELLS)} cells, got {text}.")
     low, high = int(first), int(last or first)
-    if not 1 <= low <= high <= len(CELLS):
-        raise SystemExit(f"ablate: cells must be in 1-{len(CELLS)}, got {text}.")
     return CELLS[low - 1 : high]
 
 
@@ -212,8 +219,8 @@ def main() -> None:
         write(path, json.dumps(result, indent=2) + "\n")
         print(f"{path.name}: " + "  ".join(f"{metric} {result['scores'][metric]:.1f}" for metric in METRICS))
     if args.table:
-        plot(PLOT)
         write(PAGE, page())
+        plot(PLOT)
         print("\n".join(table()))
 
 
