@@ -260,10 +260,10 @@ class InstAlign(GresModel):
             num_points: Points per mask for matching and mask losses; None: dense at the masks' size, 12544: Mask2Former's way.
             **options: ``supervision``, ``weights`` (default: the config's) and the others of the criterion.
         """
-        options = {"weights": self.config.loss_weights, **options}
+        options = {"weights": self.config.loss_weights, "mask_loss": MaskLoss(num_points), **options}
         phrase = 1.0 if options.get("supervision", "phrase") == "phrase" else 0.0
         matcher = HungarianInstanceMatcher(phrase=phrase, num_points=num_points)
-        return InstAlignCriterion(matcher, mask_loss=MaskLoss(num_points), **options)
+        return InstAlignCriterion(matcher, **options)
 
 
 def _pretrained_tokenizer(name: str) -> Any:

@@ -215,3 +215,12 @@ def test_a_config_file_of_another_form_is_one_line(part, tiny, tmp_path):
 def test_a_threshold_that_is_no_probability_is_refused(threshold, tiny):
     with pytest.raises(ValueError, match=r"postprocess: `no_target_threshold` must be in \[0, 1\]"):
         tiny.predict(picture(), "the dog", no_target_threshold=threshold)
+
+
+def test_the_criterion_takes_a_mask_loss_of_ones_own(tiny):
+    from gresbox.losses import MaskLoss
+
+    mine = MaskLoss(50)
+    assert tiny.criterion(mask_loss=mine).mask_loss is mine
+    assert tiny.criterion(num_points=60).mask_loss.num_points == 60
+    assert tiny.criterion().weights == tiny.config.loss_weights
