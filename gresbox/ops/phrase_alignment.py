@@ -28,7 +28,7 @@ def align_phrases(
     .. math::
         R = \mathrm{softmax}(Q T^\top / \sqrt C), \quad P = R\,T, \quad \mathcal L^i = 1 - \cos(P^i, Q^i)
 
-    Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Sec. 3.4, Eq. (1)-(3).
+    Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Sec. 3.3.1, Eq. (1)-(3).
     Differs from the paper: padding takes no part in the softmax; a query or phrase of length zero has cosine 0.
     ``"auto"`` never forms the phrases: with ``G = T T^t``, ``|P|^2 = R G R^t`` and ``Q . P`` is the sum of ``R`` times the logits.
 
