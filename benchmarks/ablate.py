@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import statistics
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from gresbox._files import write_atomically
 
 FOLDER = Path(__file__).parent / "results" / "ablate"
 PAGE = Path(__file__).parents[1] / "docs" / "ablation.md"
@@ -93,14 +95,6 @@ def run_cell(name: str, seed: int, *, steps: int, samples: int, threads: int) ->
     environment = {"torch": torch.__version__, "python": platform.python_version(), "threads": threads, "device": "cpu"}
     budget = {"steps": steps, "batch": model.recipe.batch}
     return {"variant": name, "seed": seed, **budget, "scores": scores, "environment": environment}
-
-
-def write(path: Path, text: str) -> None:
-    """Write under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def results(name: str) -> list[dict[str, Any]]:
@@ -216,10 +210,11 @@ def main() -> None:
             print(f"{path.name}: done before")
             continue
         result = run_cell(name, seed, steps=args.steps, samples=args.samples, threads=args.threads)
-        write(path, json.dumps(result, indent=2) + "\n")
+        text = json.dumps(result, indent=2) + "\n"
+        write_atomically(path, partial(Path.write_text, data=text))
         print(f"{path.name}: " + "  ".join(f"{metric} {result['scores'][metric]:.1f}" for metric in METRICS))
     if args.table:
-        write(PAGE, page())
+        write_atomically(PAGE, lambda temporary: temporary.write_text(page()))
         plot(PLOT)
         print("\n".join(table()))
 

@@ -307,7 +307,7 @@ class Recipe:
     """The numbers a model is trained with.
 
     Args:
-        optimizer: ``"adamw"``.
+        optimizer: ``"adamw"``, or ``"adam"`` (its weight decay is part of the gradient).
         schedule: ``"linear"``, ``"step"``, ``"poly"``, ``"cosine"`` or ``"constant"``, applied per optimiser step.
         lr: Peak learning rate.
         final_lr: Learning rate at the end of ``linear``, ``poly`` and ``cosine``.
@@ -322,6 +322,9 @@ class Recipe:
         power: Exponent of ``poly``.
         milestones: Fractions of training at which ``step`` multiplies the rate by ``gamma``.
         gamma: Factor of ``step``.
+        betas: Decay of the optimiser's two running means.
+        eps: Added to its denominator.
+        amsgrad: Keep the largest second moment seen.
     """
 
     optimizer: str = "adamw"
@@ -339,6 +342,9 @@ class Recipe:
     power: float = 0.9
     milestones: tuple[float, ...] = (0.9,)
     gamma: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
 
 
 for _structure in (GresTarget, InstancePrediction, GresOutput):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gresbox._checks import check_range, check_shape
+from gresbox._files import write_atomically
 from gresbox.structures import GresPrediction, GresSample, GresTarget
 
 if TYPE_CHECKING:
@@ -335,8 +335,5 @@ def _finish(who: str, figure: Figure, path: str | Path | None) -> Image:
     canvas.draw()
     picture = Image.frombuffer("RGBA", canvas.get_width_height(), bytes(canvas.buffer_rgba()), "raw", "RGBA", 0, 1).convert("RGB")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-        picture.save(temporary)
-        os.replace(temporary, path)
+        write_atomically(path, picture.save)
     return picture

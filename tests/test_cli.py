@@ -163,7 +163,7 @@ def test_a_mistake_is_one_line(command, expected, run, tmp_path, monkeypatch, ca
     assert line.startswith("gresbox: error: ")
     assert line.count("\n") == 1
     assert expected in line
-    assert not list(tmp_path.rglob("*.partial"))
+    assert not list(tmp_path.rglob("*.partial*"))
 
 
 @pytest.mark.parametrize(

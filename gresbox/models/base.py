@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gresbox import __version__
 from gresbox._checks import check_range
+from gresbox._files import write_atomically
 from gresbox.models.encoders import config_from_dict
 from gresbox.models.groups import parameter_groups
 from gresbox.models.processor import GresProcessor, to_tensor
@@ -46,8 +47,8 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
 
     @property
     def recipe(self) -> Recipe:
-        """The numbers this model is trained with."""
-        return self.config.recipe
+        """The numbers this model is trained with; pictures are as large as its processor makes them."""
+        return dataclasses.replace(self.config.recipe, image_size=self.processor.image_size)
 
     @property
     def encode_dims(self) -> tuple[int, int]:
@@ -216,7 +217,7 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
 
         folder = Path(save_directory)
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        _write(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+        write_atomically(folder / WEIGHTS_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
         described = {
             "model_class": type(self).__name__,
             "gresbox_version": __version__,
@@ -224,7 +225,7 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
             "processor": self.processor.settings(),
             "foreign_parts": self.foreign_parts(),
         }
-        _write(folder / CONFIG_FILE, lambda path: Path(path).write_text(json.dumps(described, indent=2) + "\n"))
+        write_atomically(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(described, indent=2) + "\n"))
         self.processor.save_tokenizer(folder)
 
     @classmethod
@@ -354,10 +355,3 @@ def _resize(logits: Tensor, size: tuple[int, int], align_corners: bool) -> Tenso
     if 0 in logits.shape:
         return logits.new_zeros(*logits.shape[:2], *size)
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=align_corners)
-
-
-def _write(path: Path, write: Any) -> None:
-    """Write to a temporary name, then rename: a reader sees the old file or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    write(str(temporary))
-    os.replace(temporary, path)

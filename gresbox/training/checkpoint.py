@@ -8,10 +8,7 @@ killed at any moment leaves the previous checkpoint or the new one. Weights are 
 from __future__ import annotations
 
 import json
-import os
 import pickle
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Checkpoints", "TrainState", "write_atomically"]
+from gresbox._files import remove, write_atomically
+
+__all__ = ["Checkpoints", "TrainState"]
 
 
 @dataclass(frozen=True)
@@ -41,58 +40,6 @@ class TrainState:
     random: list[dict[str, Any]]
     run: dict[str, Any]
     scaler: dict[str, Any] | None = None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file or directory beside ``path``, flush it to the disk and rename it to ``path``.
-
-    Args:
-        path: The final name; a file there is replaced by a file, a directory by a directory.
-        write: Is given the temporary path, which does not exist yet.
-
-    Raises:
-        IsADirectoryError: If a file would replace a directory.
-
-    Example:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "numbers.json"
-        >>> write_atomically(path, lambda temporary: temporary.write_text("[1]"))
-        >>> path.read_text()
-        '[1]'
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    _remove(temporary)
-    try:
-        write(temporary)
-        for item in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
-            _flush(item)
-        if path.is_dir():
-            if not temporary.is_dir():
-                raise IsADirectoryError(f"write_atomically: `path` must be a file to write, got the folder {path}.")
-            _remove(path)
-        os.replace(temporary, path)
-    except BaseException:
-        _remove(temporary)
-        raise
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    if path.is_dir() and os.name == "nt":  # Windows cannot open a directory
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -124,7 +71,7 @@ class Checkpoints:
         path = self._path(state.step)
         write_atomically(path, write)
         for step in self.steps()[: -self.keep]:
-            _remove(self._path(step))
+            remove(self._path(step))
         return path
 
     def load(self, model: nn.Module, step: int) -> TrainState:

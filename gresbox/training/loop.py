@@ -18,6 +18,7 @@ from gresbox.structures import Recipe
 from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
 from gresbox.training.checkpoint import Checkpoints, TrainState
 from gresbox.training.evaluation import COUNTS, evaluate
+from gresbox.training.optimizers import make_optimizer
 from gresbox.training.options import TrainOptions
 from gresbox.training.order import StepOrder
 from gresbox.training.processes import gather_objects, same_everywhere, start_accelerator
@@ -110,6 +111,7 @@ class Trainer:
         self.counts_instances = "num_instances" in inspect.signature(self.criterion.forward).parameters
         self.checkpoints = Checkpoints(out / "checkpoints", options.keep_checkpoints)
         self.identity = {"seed": options.seed, "batch": self.recipe.batch, "train_samples": len(train_set)}
+        self.settings = self.identity | _settings(model, self.recipe, train_set)
         self.step, self.seconds = 0, 0.0
 
     def run(self, *, resume: bool = False) -> dict[str, float]:
@@ -119,8 +121,7 @@ class Trainer:
         seed_random(self.options.seed * 1_000_003 + self.rank)  # each process its own stream, all from one seed
         groups = self.plain.parameter_groups(self.recipe.lr)  # type: ignore[operator]
         self.plain.to(self.device)
-        fused = self.device.type in ("cpu", "cuda")  # one pass over all parameters instead of a dozen small operations for each
-        self.optimizer = torch.optim.AdamW(groups, lr=self.recipe.lr, fused=fused)
+        self.optimizer = make_optimizer(self.recipe, groups)
         if resume and self.checkpoints.steps():
             self._restore(self.checkpoints.load(self.plain, self.checkpoints.steps()[-1]))
         self.plain.train()
@@ -259,13 +260,13 @@ class Trainer:
                     seconds=self.seconds,
                     optimizer=self.optimizer.state_dict(),
                     random=everyone,
-                    run=self.identity,
+                    run=self.settings,
                     scaler=None if scaler is None else scaler.state_dict(),
                 ),
             )
 
     def _restore(self, state: TrainState) -> None:
-        for name, value in self.identity.items():
+        for name, value in self.settings.items():
             if state.run.get(name) != value:
                 raise ValueError(f"train: `{name}` must be {state.run.get(name)} to continue the run in {self.out}, got {value}.")
         self.optimizer.load_state_dict(state.optimizer)
@@ -274,3 +275,11 @@ class Trainer:
         if state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.step, self.seconds = state.step, state.seconds
+
+
+def _settings(model: nn.Module, recipe: Recipe, train_set: Any) -> dict[str, Any]:
+    """What a continued run must share with its beginning beside seed, batch and samples; it may be made longer."""
+    numbers = {f"recipe.{name}": value for name, value in asdict(recipe).items() if name not in ("batch", "epochs")}
+    config = getattr(model, "config", None)
+    described = {} if config is None else {name: value for name, value in asdict(config).items() if name != "recipe"}
+    return {"train_set": type(train_set).__name__, **numbers, **{f"config.{name}": value for name, value in described.items()}}

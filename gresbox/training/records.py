@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gresbox.training.checkpoint import write_atomically
+from gresbox._files import write_atomically
 
 __all__ = ["RunLog", "progress_bar", "read_log"]
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from gresbox._files import write_atomically
 from gresbox.structures import GresSample
-from gresbox.training.checkpoint import Checkpoints, write_atomically
+from gresbox.training.checkpoint import Checkpoints
 from gresbox.training.options import TrainOptions
 from gresbox.training.records import read_log
 

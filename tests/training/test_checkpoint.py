@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gresbox.training.checkpoint import Checkpoints, TrainState, write_atomically
+from gresbox.training.checkpoint import Checkpoints, TrainState
 from gresbox.training.randomness import get_random_state, seed_random, set_random_state
 
 
@@ -37,20 +37,6 @@ def test_a_checkpoint_is_a_model(tmp_path, tiny):
     model = tiny.tiny_model()
     path = Checkpoints(tmp_path).save(model, state(3))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), load_model(str(path)).parameters(), strict=True))
-
-
-def test_a_failed_write_leaves_what_was_there(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    def fail(temporary):
-        temporary.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, fail)
-    assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path, tiny):
@@ -96,12 +82,3 @@ def test_random_state_survives_a_file(tmp_path):
     wanted = (random.random(), np.random.standard_normal(2).tolist(), torch.rand(2).tolist())  # noqa: NPY002
     set_random_state(torch.load(tmp_path / "random.pt", weights_only=True))
     assert (random.random(), np.random.standard_normal(2).tolist(), torch.rand(2).tolist()) == wanted  # noqa: NPY002
-
-
-def test_a_file_never_replaces_a_folder(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("precious")
-    with pytest.raises(IsADirectoryError, match="`path` must be a file to write, got the folder"):
-        write_atomically(tmp_path / "model", lambda temporary: temporary.write_text("{}"))
-    assert (tmp_path / "model" / "weights").read_text() == "precious"
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]

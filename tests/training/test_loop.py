@@ -106,6 +106,8 @@ def test_a_finished_run_is_not_overwritten_but_can_be_asked_to_resume(tmp_path, 
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
     with pytest.raises(ValueError, match=r"`seed` must be 0 to continue the run in .*, got 1\."):
         tiny.tiny_training(tmp_path, resume=True, seed=1, **options)
+    with pytest.raises(ValueError, match=r"`recipe.lr` must be .* to continue the run in .*, got 0\.5\."):
+        tiny.tiny_training(tmp_path, resume=True, lr=0.5, **options)
 
 
 def test_resume_without_a_checkpoint_starts(tmp_path, tiny):
