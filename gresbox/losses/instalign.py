@@ -174,7 +174,8 @@ class InstAlignCriterion(nn.Module):
         matched = matches >= 0
         losses = {"score": self._scores(steps, matches, normaliser)}
         height, width = steps[0].pixels.shape[-2:]
-        size = (height, width) if self.mask_loss.num_points is None else None
+        factor = self.mask_loss.upsample
+        size = (height * factor, width * factor) if self.mask_loss.num_points is None else None
         truth, _ = stack_masks([target.masks for target in targets], size)
         bce, dice = self.mask_loss(matched_masks(steps, matches), truth)  # (B, S, M) each
         counted = matched.transpose(0, 1)

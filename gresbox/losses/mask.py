@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gresbox._checks import check_float, check_range, check_shape
 from gresbox.ops import mask_bce, mask_dice, point_sample, uncertain_points
@@ -91,13 +92,15 @@ class MaskLoss(nn.Module):
 
     Args:
         num_points: Points per mask; None: all pixels.
+        upsample: Enlarge the predictions bilinearly by this factor before they are compared on all pixels, so that masks learn to
+            be right after they were enlarged; at the masks' own size a thin object's edge cannot be expressed.
         oversample: Candidates per point, of which the most uncertain are kept.
         importance: Share of the points that are chosen by uncertainty; the rest is uniform.
         generator: Source of the random points.
 
     Shape:
-        - ``masks``: ``(B, S, M, h, w)`` logits; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size unless points
-          are sampled.
+        - ``masks``: ``(B, S, M, h, w)`` logits; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size times
+          ``upsample`` unless points are sampled.
         - returns two ``(B, S, M)``: bce and dice.
 
     Raises:
@@ -115,6 +118,7 @@ class MaskLoss(nn.Module):
         self,
         num_points: int | None = None,
         *,
+        upsample: int = 1,
         oversample: float = 3.0,
         importance: float = 0.75,
         generator: torch.Generator | None = None,
@@ -122,18 +126,27 @@ class MaskLoss(nn.Module):
         super().__init__()
         if num_points is not None:
             check_range("MaskLoss", "num_points", num_points, 1)
+        check_range("MaskLoss", "upsample", upsample, 1)
+        if num_points is not None and upsample != 1:
+            raise ValueError(f"MaskLoss: `upsample` must be 1 with num_points={num_points}, got {upsample}.")
         check_range("MaskLoss", "oversample", oversample, 1.0)
         check_range("MaskLoss", "importance", importance, 0.0, 1.0)
         self.num_points = num_points
+        self.upsample = upsample
         self.oversample = oversample
         self.importance = importance
         self.generator = generator
 
     def forward(self, masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        spec = "B M h w" if self.num_points is None else "B M H W"
-        check_shape("MaskLoss", masks=(masks, "B S M h w"), targets=(targets, spec))
+        check_shape("MaskLoss", masks=(masks, "B S M * *"))
         check_float("MaskLoss", masks=masks)
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+        if self.upsample > 1:
+            single = masks.flatten(0, 2)[:, None]
+            larger = F.interpolate(single, scale_factor=self.upsample, mode="bilinear", align_corners=False)
+            masks = larger[:, 0].unflatten(0, masks.shape[:3])
+        spec = "B M h w" if self.num_points is None else "B M H W"
+        check_shape("MaskLoss", masks=(masks, "B S M h w"), targets=(targets, spec))
         targets = targets.to(masks.dtype)
         leading = masks.shape[:3]
         if self.num_points is None:
@@ -160,5 +173,5 @@ class MaskLoss(nn.Module):
 
     def extra_repr(self) -> str:
         if self.num_points is None:
-            return "num_points=None"
+            return f"num_points=None, upsample={self.upsample}"
         return f"num_points={self.num_points}, oversample={self.oversample}, importance={self.importance}"

@@ -72,6 +72,7 @@ class InstAlignConfig:
         final_text: False leaves out the text side of the last block, for trainings that never read the last step's tokens:
             supervision without phrases together with ``no_target_inputs`` ``"global"`` or ``"mean"``.
         gradient_checkpointing: Recompute the blocks in the backward pass.
+        mask_upsample: Factor by which instance masks are enlarged before they are compared with the truth, on all pixels.
         loss_weights: Weights of the criterion's terms.
         recipe: The training numbers.
     """
@@ -117,6 +118,7 @@ class InstAlignConfig:
     no_target_inputs: str = "both"
     final_text: bool = True
     gradient_checkpointing: bool = False
+    mask_upsample: int = 1
     loss_weights: InstAlignWeights = InstAlignWeights()
     recipe: Recipe = Recipe()
 
@@ -154,6 +156,7 @@ _COUNTS = (
     "ffn_dim",
     "pixel_layers",
     "pixel_ffn_dim",
+    "mask_upsample",
 )
 
 
@@ -260,7 +263,8 @@ class InstAlign(GresModel):
             num_points: Points per mask for matching and mask losses; None: dense at the masks' size, 12544: Mask2Former's way.
             **options: ``supervision``, ``weights`` (default: the config's) and the others of the criterion.
         """
-        options = {"weights": self.config.loss_weights, "mask_loss": MaskLoss(num_points), **options}
+        mask_loss = MaskLoss(upsample=self.config.mask_upsample) if num_points is None else MaskLoss(num_points)
+        options = {"weights": self.config.loss_weights, "mask_loss": mask_loss, **options}
         phrase = 1.0 if options.get("supervision", "phrase") == "phrase" else 0.0
         matcher = HungarianInstanceMatcher(phrase=phrase, num_points=num_points)
         return InstAlignCriterion(matcher, **options)

@@ -359,6 +359,15 @@ def test_point_sampled_masks():
     assert criterion(mask_loss=MaskLoss(9))(outputs(grad=True), random_targets([0, 0]))["mask_bce"] == 0
 
 
+def test_instance_masks_can_be_compared_enlarged():
+    output, targets = outputs(grad=True), random_targets([2, 1])
+    losses = criterion(mask_loss=MaskLoss(upsample=2))(output, targets)
+    assert losses["mask_bce"] != criterion()(output, targets)["mask_bce"]
+    assert losses["score"] == criterion()(output, targets)["score"]
+    losses["loss"].backward()
+    assert output.instances.pixels.grad.isfinite().all()
+
+
 def test_the_phrase_loss_may_be_replaced():
     output, targets = outputs(grad=True), random_targets([2, 1])
     changed = criterion()

@@ -120,6 +120,22 @@ def test_points_keep_steps_images_and_targets_apart(monkeypatch):
         torch.testing.assert_close(torch.stack([bce[b, s, m], dice[b, s, m]]), torch.cat(alone).flatten())
 
 
+@pytest.mark.parametrize("count", [0, 3])
+def test_enlarged_masks_are_compared_at_their_new_size(count):
+    masks = torch.randn(2, 3, count, 5, 7, dtype=torch.float64, requires_grad=True)
+    targets = torch.rand(2, count, 10, 14, dtype=torch.float64)
+    losses = MaskLoss(upsample=2)(masks, targets)
+    assert losses[0].shape == (2, 3, count)
+    if count:
+        rows = masks.flatten(0, 1)
+        larger = F.interpolate(rows, (10, 14), mode="bilinear", align_corners=False).unflatten(0, (2, 3))
+        expected = MaskLoss()(larger, targets)
+        torch.testing.assert_close(losses, expected)
+        (grad,), (wanted,) = (torch.autograd.grad(sum(x.sum() for x in pair), masks) for pair in (losses, expected))
+        torch.testing.assert_close(grad, wanted)
+    sum(x.sum() for x in MaskLoss(upsample=2)(masks, targets)).backward()
+
+
 def test_points_without_instances():
     bce, dice = MaskLoss(9)(torch.zeros(2, 3, 0, 5, 7), torch.zeros(2, 0, 10, 14))
     assert bce.shape == dice.shape == (2, 3, 0)
@@ -149,10 +165,15 @@ def test_compiles_to_one_graph(num_points):
         torch.testing.assert_close(value, total(indices))
 
 
-@pytest.mark.parametrize("options", [{"num_points": 0}, {"oversample": 0.5}, {"importance": 1.5}])
+@pytest.mark.parametrize("options", [{"num_points": 0}, {"upsample": 0}, {"oversample": 0.5}, {"importance": 1.5}])
 def test_wrong_options_are_errors(options):
     with pytest.raises(ValueError, match=rf"MaskLoss: `{next(iter(options))}` must be"):
         MaskLoss(**options)
+
+
+def test_points_are_not_enlarged():
+    with pytest.raises(ValueError, match=r"MaskLoss: `upsample` must be 1 with num_points=9, got 2\."):
+        MaskLoss(9, upsample=2)
 
 
 def test_wrong_shapes_are_errors():
