@@ -40,6 +40,7 @@ EXTRAS = {
     "tqdm": "train",
     "pycocotools": "coco",
     "matplotlib": "viz",
+    "sentencepiece": "spm",
     "jsonargparse": "cli",
 }
 NO_NAMES = {"utils", "util", "common", "core", "helpers", "helper", "misc"}
