@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -26,9 +26,10 @@ class Batch:
         image_ids: Pictures' ids.
         ref_ids: References' ids.
         sent_ids: Sentences' ids.
+        tokens: What the tokenizer made of the texts, padded to the longest; empty without a tokenizer.
 
     Shape:
-        - ``images``: ``(B, 3, H, W)`` uint8, or a list of ``(3, H_i, W_i)``.
+        - ``images``: ``(B, 3, H, W)`` uint8, or a list of ``(3, H_i, W_i)``; ``tokens``: each ``(B, L)``.
     """
 
     images: Tensor | list[Tensor]
@@ -39,6 +40,7 @@ class Batch:
     image_ids: list[int]
     ref_ids: list[int]
     sent_ids: list[int]
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -55,14 +57,19 @@ class Batch:
             )
             for target in self.targets
         ]
-        return Batch(images, self.texts, targets, self.kinds, self.exists, self.image_ids, self.ref_ids, self.sent_ids)
+        tokens = {name: value.pin_memory() for name, value in self.tokens.items()}
+        return replace(self, images=images, targets=targets, tokens=tokens)
 
 
-def collate(samples: Sequence[GresSample]) -> Batch:
+def collate(samples: Sequence[GresSample], *, tokenize: Callable[[list[str]], Mapping[str, Tensor]] | None = None) -> Batch:
     """Collate samples, for ``DataLoader(collate_fn=collate)``; works in worker processes however they are started.
+
+    Targets stay ragged, one per sample.
 
     Args:
         samples: At least one sample.
+        tokenize: Makes padded tensors of the texts, as ``model.processor.process_texts`` does; give it to a loader as
+            ``functools.partial(collate, tokenize=...)``.
 
     Raises:
         ValueError: If there is none.
@@ -86,4 +93,5 @@ def collate(samples: Sequence[GresSample]) -> Batch:
         image_ids=[sample.image_id for sample in samples],
         ref_ids=[sample.ref_id for sample in samples],
         sent_ids=[sample.sent_id for sample in samples],
+        tokens={} if tokenize is None else dict(tokenize([sample.text for sample in samples])),
     )

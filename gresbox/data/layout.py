@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from gresbox.data.masks import encode_rle
 from gresbox.data.scenes import LEVELS, render
 from gresbox.data.synthetic import SyntheticGRES
 
-__all__ = ["synthesize"]
+__all__ = ["make_folder", "synthesize"]
 
 _SIZES = {"train": 2000, "val": 500, "testA": 500, "testB": 500}
 
@@ -58,16 +58,33 @@ def synthesize(
         ...     len(GRefCOCO(root, "val"))
         3
     """
-    out = Path(out_dir)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"synthesize: `out_dir` must not exist or be empty, got {out}.")
     options: dict[str, Any] = {"level": level, "image_size": image_size, "seed": seed, "proportions": proportions}
     wanted = _SIZES if sizes is None else sizes
     datasets = [SyntheticGRES(split, size, **options) for split, size in wanted.items()]
+    return make_folder("synthesize", out_dir, lambda folder: _write(folder, datasets))
+
+
+def make_folder(who: str, out_dir: str | os.PathLike[str], write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill a folder that appears complete or not at all.
+
+    Args:
+        who: The caller's public name, for the message.
+        out_dir: Folder to make; it must not exist or be empty.
+        write: Is given a temporary folder beside it, which does not exist yet.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If ``out_dir`` is a file or holds something.
+    """
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{who}: `out_dir` must not exist or be empty, got {out}.")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.parent / f".{out.name}.{os.getpid()}.tmp"
     try:
-        _write(temporary, datasets)
+        write(temporary)
         if out.is_dir():
             out.rmdir()
         temporary.rename(out)

@@ -15,7 +15,7 @@ import numpy as np
 
 from gresbox._checks import check_choice
 
-__all__ = ["decode_rle", "encode_rle", "is_polygon", "rasterise_polygons", "segmentation_mask"]
+__all__ = ["check_rle", "decode_rle", "encode_rle", "is_polygon", "rasterise_polygons", "resize_nearest", "segmentation_mask"]
 
 _FINE = 5  # polygon boundaries are walked on a grid this many times finer than the pixels
 
@@ -50,10 +50,8 @@ def segmentation_mask(segmentation: Sequence[Sequence[float]] | Mapping[str, Any
         ValueError: If an encoding is not of this size.
     """
     if isinstance(segmentation, Mapping):
-        mask = decode_rle(segmentation)
-        if mask.shape != (height, width):
-            raise ValueError(f"segmentation_mask: `segmentation` must be of size {(height, width)}, got {mask.shape}.")
-        return mask
+        check_rle("segmentation_mask", segmentation, height, width)
+        return decode_rle(segmentation)
     return rasterise_polygons(segmentation, height, width)
 
 
@@ -98,7 +96,7 @@ def _counts_to_text(counts: list[int]) -> str:
 
 
 def _text_to_counts(text: str | bytes) -> np.ndarray:
-    raw = text.encode("ascii") if isinstance(text, str) else text
+    raw = text.encode("utf-8") if isinstance(text, str) else text
     letters = np.frombuffer(raw, dtype=np.uint8).astype(np.int64) - 48
     if letters.size and (letters.min() < 0 or letters.max() > 63 or letters[-1] & 32):
         raise ValueError("decode_rle: `counts` must be COCO's run-length text, got other characters or a cut text.")
@@ -113,6 +111,45 @@ def _text_to_counts(text: str | bytes) -> np.ndarray:
     values[1::2] = values[1::2].cumsum()
     values[2::2] = values[2::2].cumsum()
     return values
+
+
+def _size_and_runs(rle: Mapping[str, Any]) -> tuple[int, int, np.ndarray]:
+    size, counts = rle.get("size"), rle.get("counts")
+    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) and side >= 0 for side in size):
+        raise ValueError(f"decode_rle: `size` must be a height and a width in pixels, got {size!r}.")
+    height, width = size
+    if isinstance(counts, str | bytes):
+        runs = _text_to_counts(counts)
+    elif isinstance(counts, list | tuple | np.ndarray) and all(isinstance(run, int | np.integer) for run in counts):
+        runs = np.array([run if abs(run) < 1 << 60 else -1 for run in counts], dtype=np.int64)
+    else:
+        raise ValueError("decode_rle: `counts` must be COCO's run-length text or a list of whole numbers, got something else.")
+    if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise ValueError(f"decode_rle: `counts` must be runs that fill {height} x {width} pixels, got a sum of {int(runs.sum())}.")
+    return height, width, runs
+
+
+def check_rle(who: str, rle: Mapping[str, Any], height: int, width: int) -> None:
+    """Check a run-length encoding of a picture's mask without decoding it.
+
+    Args:
+        who: The caller's public name; it opens the message about the size.
+        rle: ``{"size": [H, W], "counts": text, bytes or list}``.
+        height: The picture's.
+        width: The picture's.
+
+    Raises:
+        ValueError: If it is of another size, does not fill it, or is no encoding.
+
+    Example:
+        >>> check_rle("f", {"size": [2, 2], "counts": [1, 3]}, 2, 3)
+        Traceback (most recent call last):
+        ...
+        ValueError: f: `segmentation` must be of size (2, 3), got (2, 2).
+    """
+    found = _size_and_runs(rle)[:2]
+    if found != (height, width):
+        raise ValueError(f"{who}: `segmentation` must be of size {(height, width)}, got {found}.")
 
 
 def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
@@ -131,13 +168,30 @@ def decode_rle(rle: Mapping[str, Any]) -> np.ndarray:
         >>> decode_rle({"size": [2, 2], "counts": [1, 3]}).tolist()
         [[False, True], [True, True]]
     """
-    height, width = (int(side) for side in rle["size"])
-    counts = rle["counts"]
-    runs = _text_to_counts(counts) if isinstance(counts, str | bytes) else np.asarray(counts, dtype=np.int64)
-    if runs.sum() != height * width or (runs < 0).any():
-        raise ValueError(f"decode_rle: `counts` must be runs that fill {height} x {width} pixels, got a sum of {int(runs.sum())}.")
+    height, width, runs = _size_and_runs(rle)
     flat = np.repeat(np.arange(runs.size) % 2 == 1, runs)
     return np.ascontiguousarray(flat.reshape(width, height).T)
+
+
+def resize_nearest(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask by taking the nearest pixel, by PIL, as the benchmarks' own code does: which of two equally near is its choice.
+
+    Args:
+        mask: The mask.
+        size: Height and width, in pixels.
+
+    Shape:
+        - ``mask``: ``(H, W)`` bool; returns ``(h, w)`` bool.
+
+    Example:
+        >>> import numpy as np
+        >>> resize_nearest(np.eye(4, dtype=bool), (2, 2)).tolist()
+        [[True, False], [False, True]]
+    """
+    from PIL import Image
+
+    picture = Image.fromarray(mask.astype(np.uint8))
+    return np.array(picture.resize((size[1], size[0]), Image.Resampling.NEAREST)).astype(bool)
 
 
 def rasterise_polygons(polygons: Sequence[Sequence[float]], height: int, width: int, *, backend: str = "auto") -> np.ndarray:

@@ -1,4 +1,3 @@
-import io
 import json
 import pickle
 import shutil
@@ -10,7 +9,6 @@ import torch
 from PIL import Image
 
 from gresbox.data import GRefCOCO
-from gresbox.data.grefcoco import load_plain_pickle
 from gresbox.data.masks import encode_rle
 
 SQUARE = [1.0, 1, 5, 1, 5, 5, 1, 5]
@@ -114,17 +112,6 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path, payload, capsys):
     with pytest.raises(ValueError, match=r"GRefCOCO: .*grefs\(unc\)\.p is not a pickle of plain references: it asks for"):
         GRefCOCO(root, "val")
     assert "code ran" not in capsys.readouterr().out
-
-
-def test_every_plain_type_passes():
-    plain = {"a": [1, 2.5, None, True, "é", b"x"[0]], ("t", 1): {3, 4}, "f": frozenset({1}), "big": 2**80}
-    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
-        assert load_plain_pickle(io.BytesIO(pickle.dumps(plain, protocol=protocol))) == plain
-
-
-def test_python_2_strings_in_a_pickle():
-    raw = b"(lp0\n(dp1\nS'raw'\np2\nS'caf\\xc3\\xa9'\np3\nsa."
-    assert load_plain_pickle(io.BytesIO(raw)) == [{"raw": "café"}]
 
 
 def test_root_without_the_dataset(tmp_path):

@@ -1,10 +1,20 @@
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from gresbox.data.masks import decode_rle, encode_rle, is_polygon, rasterise_polygons, segmentation_mask
+from gresbox.data.masks import (
+    check_rle,
+    decode_rle,
+    encode_rle,
+    is_polygon,
+    rasterise_polygons,
+    resize_nearest,
+    segmentation_mask,
+)
 
 masks = hnp.arrays(bool, st.tuples(st.integers(1, 24), st.integers(1, 24)))
 
@@ -72,6 +82,11 @@ def test_what_is_no_polygon(part):
     ("counts", "message"),
     [
         ([3], "fill 2 x 2 pixels"),
+        ([2**70, 4 - 2**70], "fill 2 x 2 pixels"),
+        ([2**62, 2**62, 2**62, 2**62, 4], "fill 2 x 2 pixels"),
+        ([1, 2.0, 1], "whole numbers"),
+        (None, "whole numbers"),
+        ({"a": 1}, "whole numbers"),
         ([5], "fill 2 x 2"),
         ([-1, 5], "fill 2 x 2"),
         ("\t", "other characters"),
@@ -82,6 +97,36 @@ def test_what_is_no_polygon(part):
 def test_bad_run_lengths(counts, message):
     with pytest.raises(ValueError, match=message):
         decode_rle({"size": [2, 2], "counts": counts})
+
+
+@pytest.mark.parametrize("size", [None, [2], [2, 2, 2], ["2", "2"], [2, -2], [2.0, 2.0], 4])
+def test_bad_sizes(size):
+    with pytest.raises(ValueError, match="decode_rle: `size` must be a height and a width in pixels"):
+        decode_rle({"size": size, "counts": [4]})
+
+
+@given(masks, st.integers(0, 1000), st.booleans())
+def test_check_says_what_decoding_would(mask, cut, compressed):
+    rle = encode_rle(mask, compressed=compressed)
+    check_rle("f", rle, *mask.shape)
+    rle["counts"] = rle["counts"][: cut % (len(rle["counts"]) + 1)]
+    try:
+        decode_rle(rle)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=re.escape(str(error))):
+            check_rle("f", rle, *mask.shape)
+    else:
+        check_rle("f", rle, *mask.shape)
+
+
+@given(masks, st.integers(1, 40), st.integers(1, 40))
+def test_nearest(mask, height, width):
+    resized = resize_nearest(mask, (height, width))
+    assert resized.shape == (height, width)
+    assert (resize_nearest(mask, mask.shape) == mask).all()
+    assert (resize_nearest(mask, (3 * mask.shape[0], 3 * mask.shape[1])) == mask.repeat(3, 0).repeat(3, 1)).all()
+    assert resized.any() <= mask.any()
+    assert resized.all() >= mask.all()
 
 
 def test_an_encoding_of_another_size():
