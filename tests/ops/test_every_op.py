@@ -68,6 +68,14 @@ CASES = {
         lambda v, x, w: ops.deformable_attention(v, SHAPES, x, w),
         [_randn(2, 16, 3, 4), _rand(2, 5, 3, 2, 2, 2), _rand(2, 5, 3, 2, 2)],
     ),
+    "match_patches": Case(
+        lambda v, t, a, b: ops.match_patches(v, t, VALID, a, b, scale=3.0),
+        [_randn(2, 5, 8), _randn(2, 4, 6), _randn(8, 7), _randn(6, 7)],
+    ),
+    "match_patches eager": Case(
+        lambda v, t, a, b: ops.match_patches(v, t, VALID, a, b, scale=3.0, over="patches", normalize=False, backend="eager"),
+        [_randn(2, 5, 8), _randn(2, 4, 6), _randn(8, 7) * 0.2, _randn(6, 7) * 0.2],
+    ),
     "masked_attention": Case(
         ops.masked_attention, [_randn(2, 2, 5, 4), _randn(2, 2, 6, 4), _randn(2, 2, 6, 4), _randn(2, 5, 6) - 1.5]
     ),
@@ -96,7 +104,8 @@ def _grads(outputs: list[Tensor], leaves: list[Tensor]) -> list[Tensor]:
 
 
 def test_every_op_has_a_case():
-    tested_elsewhere = {"assign", "stack_masks", "uncertain_points"}
+    tested_elsewhere = {"assign", "select_points", "stack_masks", "uncertain_points"}
+    tested_elsewhere |= {"filter_blocks", "inner_tokens", "random_projections"}
     assert {name.split()[0] for name in CASES} | tested_elsewhere == set(ops.__all__)
 
 
