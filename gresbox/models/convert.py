@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional as F
 
-__all__ = ["ConvertedWeights", "beit3", "caris"]
+__all__ = ["ConvertedWeights", "beit3", "caris", "instancevg"]
 
 PLACEHOLDERS: dict[str, dict[str, str]] = {
     "leaf": {"weight": "weight", "bias": "bias"},
@@ -40,6 +41,9 @@ PLACEHOLDERS: dict[str, dict[str, str]] = {
     "grid": {name: name for name in "01"},
     "conv": {name: name for name in "024"},  # what a Sequential with activations between counts
     "mlp": {"0": "0", "2": "1", "4": "2"},
+    "perceptron": {name: name for name in "012"},
+    "fuse": {"4": "0", "3": "1", "2": "2"},  # by the level that is joined, by order
+    "stat": {name: name for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
 }
 """What a placeholder stands for: theirs and ours. ``{layer}`` besides counts from 0 to the part's number of layers."""
 
@@ -193,6 +197,82 @@ _CARIS = (
 )
 
 
+_INSTANCEVG = (
+    dataclasses.replace(_BEIT3, theirs="vis_enc.beit3.", ours="encoder."),
+    _Part(
+        "head.",
+        "",
+        (
+            ("img_embedding.weight", "image_projection.weight"),
+            ("lan_embedding.weight", "text_projection.weight"),
+            ("neck.fpn1.0.{leaf}", "pyramid.resize.0.0.{leaf}"),
+            ("neck.fpn1.1.{leaf}", "pyramid.resize.0.1.{leaf}"),
+            ("neck.fpn1.3.{leaf}", "pyramid.resize.0.3.{leaf}"),
+            ("neck.fpn2.0.{leaf}", "pyramid.resize.1.{leaf}"),
+            ("neck.lateral_convs.{stage}.conv.weight", "pyramid.lateral.{stage}.0.weight"),
+            ("neck.lateral_convs.{stage}.norm_layer.{leaf}", "pyramid.lateral.{stage}.1.{leaf}"),
+            ("neck.fpn_convs.{stage}.conv.weight", "pyramid.smooth.{stage}.0.weight"),
+            ("neck.fpn_convs.{stage}.norm_layer.{leaf}", "pyramid.smooth.{stage}.1.{leaf}"),
+            ("unet_decoder.conv1_{fuse}.weight", "unet.fuse.{fuse}.0.weight"),
+            ("unet_decoder.bn1_{fuse}.{stat}", "unet.fuse.{fuse}.1.{stat}"),
+            ("unet_decoder.conv2_{fuse}.weight", "unet.fuse.{fuse}.3.weight"),
+            ("unet_decoder.bn2_{fuse}.{stat}", "unet.fuse.{fuse}.4.{stat}"),
+            ("seg_branch.predict.{leaf}", "global_mask_head.predict.{leaf}"),
+            ("nt_embed.layers.{perceptron}.{leaf}", "existence_head.mlp.layers.{perceptron}.{leaf}"),
+            ("class_embed.2.{leaf}", "instance_head.class_head.{leaf}"),
+            ("bbox_embed.2.layers.{perceptron}.{leaf}", "instance_head.box_head.mlp.layers.{perceptron}.{leaf}"),
+            ("query_pos_embedding.{leaf}", "decoder.prior.position.{leaf}"),
+        ),
+        unused=(
+            *("query_embedding.weight", "proj_pixel_level_cons.*", "detrloss.*"),
+            *("class_embed.[01].*", "bbox_embed.[01].*"),  # further names of the same modules
+        ),
+    ),
+    _Part(
+        "head.query_generation.",
+        "query_generation.",
+        (
+            # a self-attention whose values are zero, and its norm, add one vector: _query_content
+            ("T2I_decoder.layers.0.attentions.0.attn.in_proj_bias", "content.query", "content.key", "content.value"),
+            ("T2I_decoder.layers.0.attentions.0.attn.out_proj.{leaf}", "content.out.{leaf}"),
+            ("T2I_decoder.layers.0.norms.0.{leaf}", "content.norm.{leaf}"),
+            (
+                "T2I_decoder.layers.0.attentions.1.attn.in_proj_{leaf}",
+                *("q_proj.{leaf}", "k_proj.{leaf}", "inject.v_proj.{leaf}"),
+            ),
+            ("T2I_decoder.layers.0.attentions.1.attn.out_proj.{leaf}", "inject.out_proj.{leaf}"),
+            ("T2I_decoder.layers.0.norms.1.{leaf}", "inject.attention_norm.{leaf}"),
+            ("T2I_decoder.layers.0.ffns.0.layers.0.0.{leaf}", "inject.ffn.linear1.{leaf}"),
+            ("T2I_decoder.layers.0.ffns.0.layers.1.{leaf}", "inject.ffn.linear2.{leaf}"),
+            ("T2I_decoder.layers.0.norms.2.{leaf}", "inject.ffn.norm.{leaf}"),
+            ("T2I_decoder.post_norm_layer.{leaf}", "inject.output_norm.{leaf}"),
+            ("mlp.layers.{perceptron}.{leaf}", "inject.mlp.layers.{perceptron}.{leaf}"),
+        ),
+        unused=("query_embed.weight", "T2I_decoder.layers.0.attentions.0.attn.in_proj_weight"),
+    ),
+    _Part(
+        "head.decoder_transformer.",
+        "decoder.",
+        (
+            ("reference_points.{leaf}", "prior.shift.{leaf}"),
+            (
+                "decoder.layers.{layer}.attentions.0.attn.in_proj_{leaf}",
+                *(f"layers.{{layer}}.self_attention.{name}_proj.{{leaf}}" for name in "qkv"),
+            ),
+            ("decoder.layers.{layer}.attentions.0.attn.out_proj.{leaf}", "layers.{layer}.self_attention.out_proj.{leaf}"),
+            ("decoder.layers.{layer}.attentions.1.{deform}.{leaf}", "layers.{layer}.cross_attention.{deform}.{leaf}"),
+            ("decoder.layers.{layer}.ffns.0.layers.0.0.{leaf}", "layers.{layer}.ffn.linear1.{leaf}"),
+            ("decoder.layers.{layer}.ffns.0.layers.1.{leaf}", "layers.{layer}.ffn.linear2.{leaf}"),
+            ("decoder.layers.{layer}.norms.0.{leaf}", "layers.{layer}.self_norm.{leaf}"),
+            ("decoder.layers.{layer}.norms.1.{leaf}", "layers.{layer}.cross_norm.{leaf}"),
+            ("decoder.layers.{layer}.norms.2.{leaf}", "layers.{layer}.ffn.norm.{leaf}"),
+        ),
+        unused=("level_embeds",),
+        layers="decoder.layers.",
+    ),
+)
+
+
 class ConvertedWeights(dict[str, Tensor]):
     """Our names with their tensors: a state dict that also says what was left over.
 
@@ -251,6 +331,7 @@ def caris(state_dict: Mapping[str, Any], *, strict: bool = True) -> ConvertedWei
         TypeError: If a parameter is not a tensor.
 
     Example:
+        >>> import torch
         >>> weights = caris({"model": {"pixel_decoder.vis_prompts.weight": torch.zeros(5, 8)}}, strict=False)
         >>> list(weights), weights.missing[0]
         (['decoder.prompt_tokens'], 'backbone.vis_encoder.patch_embed.proj.weight')
@@ -260,6 +341,47 @@ def caris(state_dict: Mapping[str, Any], *, strict: bool = True) -> ConvertedWei
         if name.endswith("_gamma"):
             weights[name] = weights[name].flatten()  # theirs have two more axes, of size 1
     return weights
+
+
+def instancevg(state_dict: Mapping[str, Any], *, strict: bool = True) -> ConvertedWeights:
+    """Weights of IGVG's released code (Dmmm1997/InstanceVG, files ``InstanceVG-*.pth``) under the names of IGVG's parts here.
+
+    They fit what that code builds: a BEiT-3 encoder at 320 pixels as ``encoder``, bias-free ``image_projection`` and
+    ``text_projection``, ``pyramid``, ``unet``, ``global_mask_head``, ``existence_head`` with two logits, ``query_generation``,
+    ``decoder`` with ``PointPrior(reference="shifted")`` and ``instance_head``. Their outputs are those of the released code when
+    ``query_generation`` scores words by ``"mean"`` and pools by ``"max"``.
+
+    Args:
+        state_dict: What the file holds, or the parameters under its key ``"state_dict"``; a prefix ``module.`` is removed.
+        strict: Refuse a file with missing or unknown parameters.
+
+    Returns:
+        The weights, with as many layers as the file has; ``unused`` names what the released code builds and never reads, and
+        further names of heads that its decoder layers share.
+
+    Raises:
+        ValueError: If ``strict`` and a parameter is missing or unknown.
+        TypeError: If a parameter is not a tensor.
+
+    Example:
+        >>> import torch
+        >>> weights = instancevg({"state_dict": {"module.head.lan_embedding.weight": torch.zeros(8, 16)}}, strict=False)
+        >>> list(weights), weights.missing[0]
+        (['text_projection.weight'], 'vis_enc.beit3.text_embed.weight')
+    """
+    weights = _converted("instancevg", _parameters("instancevg", state_dict, ("state_dict",)), _INSTANCEVG, strict)
+    content = {name: weights.pop(name) for name in list(weights) if name.startswith("query_generation.content.")}
+    if len(content) == 7:
+        weights["query_generation.content"] = _query_content(*(content[f"query_generation.content.{n}"] for n in _CONTENT))
+    return weights
+
+
+_CONTENT = ("value", "out.weight", "out.bias", "norm.weight", "norm.bias")
+
+
+def _query_content(value: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """What attention adds that reads only its values' bias, after its norm: the same for every word and picture."""
+    return F.layer_norm(F.linear(value, weight, bias), scale.shape, scale, shift)
 
 
 def _parameters(who: str, state_dict: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor]:
