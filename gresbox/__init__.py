@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gresbox.blocks import (
         MLP,
         AdaptiveInstanceAggregation,
+        AlignmentAwareMasking,
         AttentionGuidedQueryGeneration,
         BoxHead,
         CarisDecoder,
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         PhraseObjectBlock,
         PhraseObjectTransformer,
         PointPrior,
+        RandomBlockMasking,
         ScoreTextSelector,
         SequentialObjectText,
         SharedObjectText,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     )
     from gresbox.data import (
         Batch,
+        Corrupt,
         GRefCOCO,
         HorizontalFlip,
         Letterbox,
@@ -94,7 +97,7 @@ if TYPE_CHECKING:
         load_model,
     )
     from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
-    from gresbox.training import EvaluationOptions, Trainer, TrainOptions
+    from gresbox.training import AlignmentMaskedTraining, EvaluationOptions, Trainer, TrainOptions
 
 __version__ = "0.1.0.dev0"
 
@@ -102,6 +105,7 @@ _HOME = {
     "gresbox.structures": ["GresOutput", "GresPrediction", "GresSample", "GresTarget", "InstancePrediction", "Recipe"],
     "gresbox.blocks": [
         "AdaptiveInstanceAggregation",
+        "AlignmentAwareMasking",
         "AttentionGuidedQueryGeneration",
         "BoxHead",
         "CarisDecoder",
@@ -130,6 +134,7 @@ _HOME = {
         "PhraseObjectBlock",
         "PhraseObjectTransformer",
         "PointPrior",
+        "RandomBlockMasking",
         "ScoreTextSelector",
         "SequentialObjectText",
         "SharedObjectText",
@@ -155,6 +160,7 @@ _HOME = {
     "gresbox.metrics": ["GRESMetric"],
     "gresbox.data": [
         "Batch",
+        "Corrupt",
         "GRefCOCO",
         "HorizontalFlip",
         "Letterbox",
@@ -183,12 +189,14 @@ _HOME = {
         "list_models",
         "load_model",
     ],
-    "gresbox.training": ["EvaluationOptions", "TrainOptions", "Trainer"],
+    "gresbox.training": ["AlignmentMaskedTraining", "EvaluationOptions", "TrainOptions", "Trainer"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdaptiveInstanceAggregation",
+    "AlignmentAwareMasking",
+    "AlignmentMaskedTraining",
     "AttentionGuidedQueryGeneration",
     "Batch",
     "Beit3Config",
@@ -201,6 +209,7 @@ __all__ = [
     "CarisDecoder",
     "CarisLayer",
     "ConditionalPrompts",
+    "Corrupt",
     "DETRDecoder",
     "DecodedQueries",
     "DeformableAttention",
@@ -255,6 +264,7 @@ __all__ = [
     "PointPrior",
     "PromptedTextEncoder",
     "RRefCOCO",
+    "RandomBlockMasking",
     "Recipe",
     "RefCOCO",
     "RefZOM",

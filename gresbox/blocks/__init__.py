@@ -31,6 +31,7 @@ from gresbox.blocks.postprocess import Detections, InstancePostprocess, merge_ma
 from gresbox.blocks.query_generation import AttentionGuidedQueryGeneration, GeneratedQueries, InjectTextQuery
 from gresbox.blocks.text_selection import ScoreTextSelector
 from gresbox.blocks.unet import UNetDecoder
+from gresbox.blocks.word_fusion import PixelWordFusion
 
 __all__ = [
     "MLP",
@@ -62,6 +63,7 @@ __all__ = [
     "ParallelObjectText",
     "PhraseObjectBlock",
     "PhraseObjectTransformer",
+    "PixelWordFusion",
     "PointPrior",
     "RandomBlockMasking",
     "ScoreTextSelector",

@@ -3,6 +3,7 @@
 from gresbox.data import masks, transforms
 from gresbox.data.collation import Batch, collate
 from gresbox.data.conversion import convert_coco
+from gresbox.data.corruptions import CORRUPTIONS, Corrupt, corrupt_image
 from gresbox.data.flips import HorizontalFlip, swap_sides
 from gresbox.data.grammar import vocabulary
 from gresbox.data.grefcoco import GRefCOCO
@@ -16,7 +17,9 @@ from gresbox.data.transforms import Letterbox, Resize
 from gresbox.data.verification import VerificationReport, verify
 
 __all__ = [
+    "CORRUPTIONS",
     "Batch",
+    "Corrupt",
     "GRefCOCO",
     "HorizontalFlip",
     "Letterbox",
@@ -28,6 +31,7 @@ __all__ = [
     "VerificationReport",
     "collate",
     "convert_coco",
+    "corrupt_image",
     "held_out_images",
     "masks",
     "swap_sides",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gresbox.structures import Recipe
+from gresbox.training.aml import AlignmentMaskedTraining
 from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
 from gresbox.training.checkpoint import Checkpoints, TrainState
 from gresbox.training.evaluation import COUNTS, evaluate
@@ -39,6 +40,7 @@ def train(
     *,
     criterion: nn.Module | None = None,
     resume: bool = False,
+    aml: AlignmentMaskedTraining | None = None,
 ) -> dict[str, float]:
     """Train a model with its recipe, evaluate it and leave everything in a folder.
 
@@ -57,6 +59,7 @@ def train(
         options: How long, how and where.
         criterion: Output and targets to losses; default: ``model.criterion()``.
         resume: Continue the run in ``out``; starts from the beginning where there is no checkpoint yet.
+        aml: A wrapper around ``model`` that is called in its place while training; the model itself is evaluated and saved.
 
     Returns:
         What :func:`gresbox.training.evaluate` gives, and ``steps`` and ``seconds`` of training.
@@ -66,7 +69,7 @@ def train(
         RuntimeError: If the loss is no longer finite, or the model has no tokenizer.
         ImportError: If accelerate is not installed.
     """
-    trainer = Trainer(model, train_set, val_set, Path(out), options or TrainOptions(), criterion=criterion)
+    trainer = Trainer(model, train_set, val_set, Path(out), options or TrainOptions(), criterion=criterion, aml=aml)
     return trainer.run(resume=resume)
 
 
@@ -80,6 +83,7 @@ class Trainer:
         out: The run's folder.
         options: How long, how and where.
         criterion: Default: the model's.
+        aml: A wrapper around ``model`` that is called in its place while training.
     """
 
     def __init__(
@@ -91,7 +95,11 @@ class Trainer:
         options: TrainOptions,
         *,
         criterion: nn.Module | None = None,
+        aml: AlignmentMaskedTraining | None = None,
     ) -> None:
+        if aml is not None:
+            _check_wrapper(model, aml)
+        self.aml = aml
         self.plain, self.train_set, self.val_set, self.out, self.options = model, train_set, val_set, out, options
         self.recipe: Recipe = options.applied_to(model.recipe)  # type: ignore[arg-type]
         self.accelerator = start_accelerator(self.recipe.amp, cpu=options.cpu)
@@ -112,6 +120,7 @@ class Trainer:
         self.checkpoints = Checkpoints(out / "checkpoints", options.keep_checkpoints)
         self.identity = {"seed": options.seed, "batch": self.recipe.batch, "train_samples": len(train_set)}
         self.settings = self.identity | _settings(model, self.recipe, train_set)
+        self.settings["aml"] = None if aml is None else aml.settings()
         self.step, self.seconds = 0, 0.0
 
     def run(self, *, resume: bool = False) -> dict[str, float]:
@@ -124,10 +133,11 @@ class Trainer:
         self.optimizer = make_optimizer(self.recipe, groups)
         if resume and self.checkpoints.steps():
             self._restore(self.checkpoints.load(self.plain, self.checkpoints.steps()[-1]))
-        self.plain.train()
-        self.wrapped, self.prepared = self.accelerator.prepare(self.plain, self.optimizer)
+        stepped = (self.plain if self.aml is None else self.aml.to(self.device)).train()
+        self.wrapped, self.prepared = self.accelerator.prepare(stepped, self.optimizer)
         if self.rank == 0:
-            write_json(self.out / "run.json", {"recipe": asdict(self.recipe), "options": asdict(self.options)})
+            described = {"recipe": asdict(self.recipe), "options": asdict(self.options)}
+            write_json(self.out / "run.json", described if self.aml is None else {**described, "aml": self.aml.settings()})
         self.log = RunLog(
             self.out,
             start=self.step,
@@ -201,19 +211,21 @@ class Trainer:
         extra = {"num_instances": self._num_instances(batches)} if self.counts_instances else {}
         for index, batch in enumerate(batches):
             inputs, targets = batch.on(self.device)
-            with ExitStack() as stack:
-                if index + 1 < len(batches):  # the processes add up their gradients once per optimiser step
-                    stack.enter_context(self.accelerator.no_sync(self.wrapped))
-                losses = self.criterion(self.wrapped(**inputs), targets, **extra)
-                self.accelerator.backward(losses["loss"] / len(batches))
-            for name, value in losses.items():
-                entry = name if name == "loss" else f"loss/{name}"
-                share = value.detach() / len(batches)
-                sums[entry] = sums[entry] + share if entry in sums else share
+            passes = [(1.0, inputs)] if self.aml is None else self.aml.passes(inputs, targets)
+            for turn, (weight, arguments) in enumerate(passes, 1):
+                with ExitStack() as stack:
+                    if turn < len(passes) or index + 1 < len(batches):  # processes add up their gradients once per optimiser step
+                        stack.enter_context(self.accelerator.no_sync(self.wrapped))
+                    losses = self.criterion(self.wrapped(**arguments), targets, **extra)
+                    self.accelerator.backward(losses["loss"] * weight / len(batches))
+                for name, value in losses.items():
+                    _add(sums, name if name == "loss" else f"loss/{name}", value.detach() * weight / len(batches))
+            for name, value in ({} if self.aml is None else self.aml.shares).items():
+                _add(sums, f"aml/{name}", value / len(batches))
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         limit = self.recipe.clip if self.recipe.clip > 0 else math.inf
         norm = self.accelerator.clip_grad_norm_(parameters, limit)
-        sums["grad_norm"] = sums["grad_norm"] + norm if "grad_norm" in sums else norm
+        _add(sums, "grad_norm", norm)
         self.prepared.step()
         self.prepared.zero_grad()
         return sums
@@ -275,6 +287,17 @@ class Trainer:
         if state.scaler is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.scaler)
         self.step, self.seconds = state.step, state.seconds
+
+
+def _check_wrapper(model: nn.Module, aml: AlignmentMaskedTraining) -> None:
+    if getattr(aml.model, "_orig_mod", aml.model) is not model:  # a compiled model holds the one that it was made of
+        raise ValueError("train: `aml` must wrap the model that is trained, got a wrapper around another.")
+    if aml.generator is not None:
+        raise ValueError("train: `aml` must draw from the global generators, which a checkpoint holds, got one with its own.")
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name] + value if name in sums else value
 
 
 def _settings(model: nn.Module, recipe: Recipe, train_set: Any) -> dict[str, Any]:

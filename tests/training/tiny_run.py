@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 
+from gresbox.blocks import AlignmentAwareMasking
 from gresbox.data import SyntheticGRES
 from gresbox.models import create_model
 from gresbox.structures import GresSample
-from gresbox.training import EvaluationOptions, TrainOptions, train
+from gresbox.training import AlignmentMaskedTraining, EvaluationOptions, TrainOptions, train
 
 
 class Slow:
@@ -52,12 +53,22 @@ def tiny_model(dropout: float = 0.0, **overrides: object):
 
 
 def tiny_training(
-    out: Path, *, delay: float = 0.0, random: bool = False, resume: bool = False, **options: object
+    out: Path,
+    *,
+    delay: float = 0.0,
+    random: bool = False,
+    resume: bool = False,
+    aml: dict[str, object] | None = None,
+    **options: object,
 ) -> dict[str, float]:
-    """A short training; ``random``: with dropout and data that draw random numbers."""
+    """A short training; ``random``: with dropout and data that draw random numbers; ``aml``: all weak blocks are hidden."""
     numbers = TrainOptions(progress=False, cpu=True, evaluation=EvaluationOptions(batch=2), **options)
     data = Slow(SyntheticGRES("train", 24, image_size=64), delay, random)
-    return train(tiny_model(0.1 if random else 0.0), data, SyntheticGRES("val", 5, image_size=64), out, numbers, resume=resume)
+    model, wrapper = tiny_model(0.1 if random else 0.0), None
+    if aml is not None:
+        masking = AlignmentAwareMasking(*model.encode_dims, block=8, threshold=0.3, relative=True, drop=1.0)
+        wrapper = AlignmentMaskedTraining(model, masking, **aml)
+    return train(model, data, SyntheticGRES("val", 5, image_size=64), out, numbers, resume=resume, aml=wrapper)
 
 
 def main() -> None:
