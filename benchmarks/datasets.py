@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.datasets`` writes files of the released form with made-up content (24,000 references and 16,000 annotations
 by default, all in one split), opens them both ways, and compares the sentences. Timed is all from the files to an index that can
-be asked; gresbox's time includes looking for every picture. Both ways run in turn, in an order that alternates, and the share is
-the median over rounds of the two times of the same round, so that a slow moment of the machine hits both.
+be asked; gresbox's time includes looking for every picture. Times are of the process alone, so that others on the machine do not
+count. Both ways run in turn, in an order that alternates; the share is the median over rounds of the two times of the same round.
 """
 
 from __future__ import annotations
@@ -137,9 +137,9 @@ def write(root: Path, options: argparse.Namespace) -> None:
 
 def seconds(call: Callable[[], object]) -> float:
     gc.collect()  # what the other way left behind is not this way's
-    start = time.perf_counter()
+    start = time.process_time()
     made = call()
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     del made
     return took
 
