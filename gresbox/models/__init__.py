@@ -8,19 +8,27 @@ import fnmatch
 from typing import Any
 
 from gresbox.models.base import GresModel, read_config
+from gresbox.models.beit3 import Beit3Config, Beit3Encoder, beit3_tokenizer
+from gresbox.models.caris import CARIS_SWIN_BASE, CARIS_TINY, Caris, CarisConfig, PromptedTextEncoder
 from gresbox.models.encoders import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
 from gresbox.models.instalign import INSTALIGN_SWIN_BASE, INSTALIGN_SWIN_TINY, INSTALIGN_TINY, InstAlign, InstAlignConfig
 from gresbox.models.processor import GresProcessor, word_tokenizer, words_in
 
 __all__ = [
+    "Beit3Config",
+    "Beit3Encoder",
+    "Caris",
+    "CarisConfig",
     "GresModel",
     "GresProcessor",
     "ImageEncoder",
     "ImageEncoderConfig",
     "InstAlign",
     "InstAlignConfig",
+    "PromptedTextEncoder",
     "TextEncoder",
     "TextEncoderConfig",
+    "beit3_tokenizer",
     "create_model",
     "list_models",
     "load_model",
@@ -30,6 +38,8 @@ __all__ = [
 ]
 
 MODELS: dict[str, tuple[type[GresModel], Any]] = {
+    "caris_swin_base": (Caris, CARIS_SWIN_BASE),
+    "caris_tiny": (Caris, CARIS_TINY),
     "instalign_swin_base": (InstAlign, INSTALIGN_SWIN_BASE),
     "instalign_swin_tiny": (InstAlign, INSTALIGN_SWIN_TINY),
     "instalign_tiny": (InstAlign, INSTALIGN_TINY),
