@@ -19,6 +19,7 @@ from gresbox.blocks import (
     NoTargetHead,
     ParallelObjectText,
     PhraseObjectTransformer,
+    PixelWordFusion,
     SequentialObjectText,
     SharedObjectText,
 )
@@ -58,7 +59,11 @@ class InstAlignConfig:
         ffn_dim: Hidden width of the blocks' feed-forward layers.
         pixel_layers: Deformable encoder layers of the pixel decoder.
         pixel_ffn_dim: Their hidden width.
+        memory_levels: How many of the pixel decoder's three levels the blocks read in turn, the finest ones. Small pictures leave
+            nothing to see at stride 32.
         pixel_position: Add a sine table to the pixel features that masks are made of (ours; off in the paper-size presets).
+        word_fusion: Let every pixel of the encoder's maps read the words before the pixel decoder (ours, after LAVT; off in the
+            paper-size presets).
         object_text: ``"parallel"``, ``"shared"``, ``"sequential"``, ``"gated"`` or ``"none"`` (Table 3e: a decoder without text).
         text_queries: Start from the learned queries plus a map of the words' mean (VATEX) instead of the learned queries alone.
         literal_masks: Mask embeddings are the queries themselves (eq. 4 as printed) instead of a 3-layer MLP of them.
@@ -105,7 +110,9 @@ class InstAlignConfig:
     ffn_dim: int = 2048
     pixel_layers: int = 6
     pixel_ffn_dim: int = 1024
+    memory_levels: int = 3
     pixel_position: bool = False
+    word_fusion: bool = False
     object_text: str = "parallel"
     text_queries: bool = False
     literal_masks: bool = False
@@ -131,7 +138,7 @@ class InstAlignConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{who}: `{name}` must be a whole number, got {value!r}.")
-            check_range(who, name, value, 0 if name == "pixel_layers" else 1)
+            check_range(who, name, value, 0 if name == "pixel_layers" else 1, 3 if name == "memory_levels" else None)
         check_range(who, "max_tokens", self.max_tokens, 3)  # a word between the two special tokens
         if isinstance(self.vocabulary, str) or not all(isinstance(word, str) for word in self.vocabulary):
             raise TypeError(f"{who}: `vocabulary` must be words, got {type(self.vocabulary).__name__}.")
@@ -156,6 +163,7 @@ _COUNTS = (
     "ffn_dim",
     "pixel_layers",
     "pixel_ffn_dim",
+    "memory_levels",
     "mask_upsample",
 )
 
@@ -192,7 +200,7 @@ class InstAlign(GresModel):
     """
 
     config_class = InstAlignConfig
-    part_names = ("image_encoder", "text_encoder", "pixel_decoder", "decoder", "aggregation", "no_target_head")
+    part_names = ("image_encoder", "text_encoder", "word_fusion", "pixel_decoder", "decoder", "aggregation", "no_target_head")
 
     def __init__(self, config: InstAlignConfig, *, pretrained: bool = False) -> None:
         super().__init__()
@@ -204,6 +212,8 @@ class InstAlign(GresModel):
         self.image_encoder = ImageEncoder(config.image_encoder, image_size=config.image_size, pretrained=pretrained)
         vocab_size = len(tokenizer) if config.vocabulary else None
         self.text_encoder = TextEncoder(config.text_encoder, config.dim, vocab_size=vocab_size, pretrained=pretrained)
+        fusions = [PixelWordFusion(channels, config.dim) for channels in self.image_encoder.channels]
+        self.word_fusion = nn.ModuleList(fusions if config.word_fusion else [])
         self.pixel_decoder = MSDeformPixelDecoder(
             self.image_encoder.channels,
             config.dim,
@@ -218,6 +228,7 @@ class InstAlign(GresModel):
             num_heads=config.num_heads,
             ffn_dim=config.ffn_dim,
             num_queries=config.num_queries,
+            num_levels=config.memory_levels,
             object_text=OBJECT_TEXT[config.object_text],
             mask_head=nn.Identity() if config.literal_masks else None,
             score_prior=config.score_prior,
@@ -239,9 +250,12 @@ class InstAlign(GresModel):
         check_shape("InstAlign", images=(images, "B 3 H W"), input_ids=(input_ids, "B L"), attention_mask=(attention_mask, "B L"))
         check_float("InstAlign", images=images)
         valid = attention_mask.bool()
-        pixels, memories = self.pixel_decoder(self.image_encoder(images))
         tokens = self.text_encoder(input_ids, valid)
-        *aux, last = self.decoder(memories, pixels, tokens, valid)
+        levels = self.image_encoder(images)
+        if self.word_fusion:
+            levels = [fuse(level, tokens, valid) for fuse, level in zip(self.word_fusion, levels, strict=True)]
+        pixels, memories = self.pixel_decoder(levels)
+        *aux, last = self.decoder(memories[-self.config.memory_levels :], pixels, tokens, valid)
         queries = last.queries if last.normed is None else last.normed
         no_target = self.no_target_head(queries, last.score_logits.sigmoid(), last.tokens, valid)
         return GresOutput(self.aggregation(last), no_target, last, tuple(aux))
