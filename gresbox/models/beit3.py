@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from gresbox._checks import check_range, check_shape
+from gresbox._checks import check_float, check_range, check_shape
 from gresbox.models import convert
 
 __all__ = ["BEIT3_BASE", "BEIT3_LARGE", "BEIT3_TINY", "Beit3Config", "Beit3Encoder", "beit3_tokenizer", "resize_position"]
@@ -101,7 +101,7 @@ class Beit3Encoder(nn.Module):
     Raises:
         ValueError: If ``image_size``, H or W is no multiple of the patch size, the text is longer than ``text_positions``, or a
             shape does not fit.
-        TypeError: If ``input_ids`` are not whole numbers.
+        TypeError: If ``images`` are not floating-point or ``input_ids`` not whole numbers.
 
     Example:
         >>> import torch
@@ -210,6 +210,7 @@ class Beit3Encoder(nn.Module):
         who = "Beit3Encoder"
         named = {"images": (images, "B 3 H W"), "input_ids": (input_ids, "B L")}
         check_shape(who, **named, **({} if valid is None else {"valid": (valid, "B L")}))
+        check_float(who, images=images)
         if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
             raise TypeError(f"{who}: `input_ids` must be whole numbers, got {input_ids.dtype}.")
         height, width = images.shape[-2:]
@@ -321,7 +322,7 @@ def beit3_tokenizer(path: str | Path, *, clean: bool = True) -> Any:
     Args:
         path: ``beit3.spm``, or another sentencepiece model of kind unigram or BPE.
         clean: Prepare texts as InstanceVG does (instancevg/datasets/pipelines/loading.py): lower case, without ``.,'!?"()*#:;``,
-            hyphens and slashes as spaces.
+            hyphens and slashes as spaces. A text of such characters alone is left with its two end tokens.
 
     Returns:
         A transformers tokenizer; it saves and loads like any other, without the sentencepiece package.
