@@ -76,9 +76,9 @@ class IGVGCriterion(nn.Module):
 
     *What it reads.* ``instances`` and ``aux``, the last and the earlier layers, with ``score_logits`` ``(B, N)``, the difference of
     the two class logits, referred minus no object (their softmax is its sigmoid), ``boxes`` and, for a matcher that uses them,
-    ``points``; the masks of ``instances`` alone; ``merged``; ``extras["minimap"]`` ``(B, h, w)`` in [0, 1]; ``extras["existence"]``
-    ``(B, 2)`` logits, index 0 = a target exists. It does not read ``no_target``. The last layer's matching of boxes is that of
-    instance masks, too.
+    ``points``; the masks of ``instances`` alone; ``merged``; ``extras["minimap"]`` ``(B, h, w)``, attention or its logits;
+    ``extras["existence"]`` ``(B, 2)`` logits, index 0 = a target exists, or ``(B, 1)`` with ``existence="bce"``. It does not read
+    ``no_target``. The last layer's matching of boxes is that of instance masks, too.
 
     Nothing waits for the device but the matcher's one copy, whatever the number of layers and images.
 
@@ -217,7 +217,7 @@ def _check_weights(weights: IGVGWeights) -> None:
     """No weight is negative, and one of those of the total is positive."""
     for field in fields(weights):
         value = getattr(weights, field.name)
-        for weight in value if isinstance(value, tuple) else () if value is None else (value,):
+        for weight in value if isinstance(value, tuple | list) else () if value is None else (value,):
             check_range("IGVGCriterion", f"weights.{field.name}", weight, 0.0)
     if not any((weights.detection, weights.merged, weights.instance, weights.minimap, weights.existence)):
         raise ValueError("IGVGCriterion: `weights` must have a positive weight in the total loss, got none.")

@@ -20,7 +20,8 @@ def minimap_loss(minimap: Tensor, merged: Tensor, *, resize: str = "nearest") ->
     Paper: "Instance-aware Generalized Multi-task Visual Grounding" (IGVG), Sec. 3.1.1 names the supervision and prints no formula;
     code: Dmmm1997/InstanceVG, instancevg/models/heads/uni_gref_deformable_head.py.
     Differs from the code: nothing. There, too, the map, an attention probability, is taken as a logit: the loss is smallest where
-    attention is 1 on the target and 0 elsewhere. Images without target take part, with an empty mask.
+    attention is 1 on the target and 0 elsewhere. A map of true logits may be given as well. Images without target take part,
+    with an empty mask.
 
     Args:
         minimap: Attention of the text on the cells of the image.
@@ -29,7 +30,8 @@ def minimap_loss(minimap: Tensor, merged: Tensor, *, resize: str = "nearest") ->
             which small objects are not lost.
 
     Shape:
-        - ``minimap``: ``(B, h, w)`` in [0, 1]; ``merged``: ``(B, H, W)`` bool; returns two ``(B,)``: bce and dice.
+        - ``minimap``: ``(B, h, w)``, attention in [0, 1] or logits; ``merged``: ``(B, H, W)`` bool.
+        - returns two ``(B,)``: bce and dice.
 
     Raises:
         TypeError: If ``minimap`` is not floating-point.
@@ -63,7 +65,7 @@ class MinimapLoss(nn.Module):
         resize: ``"nearest"`` or ``"area"``.
 
     Shape:
-        - ``minimap``: ``(B, h, w)`` in [0, 1]; ``merged``: ``(B, H, W)`` bool; returns a scalar.
+        - ``minimap``: ``(B, h, w)``, attention in [0, 1] or logits; ``merged``: ``(B, H, W)`` bool; returns a scalar.
 
     Raises:
         ValueError: If ``resize`` is unknown.
