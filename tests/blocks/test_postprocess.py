@@ -91,6 +91,15 @@ def test_an_empty_box_takes_its_own_mask_and_point_along():
     assert answer.mask.any(1).nonzero()[:, 0].tolist() == [0, 2]
 
 
+def test_a_pixel_at_the_threshold_belongs_to_the_mask():
+    out = output([0.9], [WHOLE], masks=torch.zeros(1, 1, 8, 8), merged=torch.full((1, 8, 8), -0.1))
+    (answer,) = InstancePostprocess(existence="none")(out, [(8, 8)])
+    assert answer.instance_masks.all()
+    assert answer.mask.all()
+    (stricter,) = InstancePostprocess(existence="none", mask_threshold=0.51)(out, [(8, 8)])
+    assert not stricter.mask.any()
+
+
 def test_a_score_at_the_threshold_is_not_kept():
     scores, boxes = [0.5, 0.75], [WHOLE, WHOLE]
     (answer,) = InstancePostprocess(score_threshold=0.5, existence="none")(output(scores, boxes), [(8, 8)])

@@ -141,6 +141,7 @@ def test_what_is_no_number_comes_last(squashed):
     indices = select_points(score_map, 6, distance_weight=0.0, apply_sigmoid=squashed)
     assert sorted(indices[0].tolist()) == list(range(6))
     assert indices[0, :3].tolist() == [3, 1, 5]
+    assert select_points(torch.tensor([[[nan, -2.0]]]), 1, apply_sigmoid=False).tolist() == [[1]]
 
 
 def test_no_gradient_and_no_written_input():
