@@ -78,7 +78,15 @@ if TYPE_CHECKING:
         POALoss,
     )
     from gresbox.matchers import HungarianInstanceMatcher, PointGuidedMatcher
-    from gresbox.metrics import GRESMetric
+    from gresbox.metrics import (
+        CoverageAccuracy,
+        GRECMetric,
+        GRESMetric,
+        RefZOMMetric,
+        RESMetric,
+        RRefCOCOMetric,
+        ThresholdSweep,
+    )
     from gresbox.models import (
         Beit3Config,
         Beit3Encoder,
@@ -159,7 +167,15 @@ _HOME = {
         "POALoss",
     ],
     "gresbox.matchers": ["HungarianInstanceMatcher", "PointGuidedMatcher"],
-    "gresbox.metrics": ["GRESMetric"],
+    "gresbox.metrics": [
+        "CoverageAccuracy",
+        "GRECMetric",
+        "GRESMetric",
+        "RESMetric",
+        "RRefCOCOMetric",
+        "RefZOMMetric",
+        "ThresholdSweep",
+    ],
     "gresbox.data": [
         "Batch",
         "Corrupt",
@@ -212,6 +228,7 @@ __all__ = [
     "CarisLayer",
     "ConditionalPrompts",
     "Corrupt",
+    "CoverageAccuracy",
     "DETRDecoder",
     "DecodedQueries",
     "DeformableAttention",
@@ -223,6 +240,7 @@ __all__ = [
     "ExistenceHead",
     "ExistenceLoss",
     "FeedForward",
+    "GRECMetric",
     "GRESMetric",
     "GRefCOCO",
     "GatedObjectText",
@@ -266,11 +284,14 @@ __all__ = [
     "PointGuidedMatcher",
     "PointPrior",
     "PromptedTextEncoder",
+    "RESMetric",
     "RRefCOCO",
+    "RRefCOCOMetric",
     "RandomBlockMasking",
     "Recipe",
     "RefCOCO",
     "RefZOM",
+    "RefZOMMetric",
     "Resize",
     "ScoreTextSelector",
     "SequentialObjectText",
@@ -279,6 +300,7 @@ __all__ = [
     "SyntheticGRES",
     "TextEncoder",
     "TextEncoderConfig",
+    "ThresholdSweep",
     "TrainOptions",
     "Trainer",
     "UNetDecoder",

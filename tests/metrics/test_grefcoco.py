@@ -151,10 +151,11 @@ def test_class_equals_function_and_state_is_sums(data):
         metric.update(data["pred"][part], list(data["target"][part]), data["says_none"][part], data["is_none"][part])
     for name, want in gres_metrics(data["pred"], data["target"], data["says_none"], data["is_none"]).items():
         assert float(metric.compute()[name]) == pytest.approx(float(want), abs=1e-11)
-    assert {reduction.__name__ for reduction in metric._reductions.values()} == {"dim_zero_sum"}
-    assert {getattr(metric, name).dtype for name in metric._defaults} == {torch.float64, torch.int64}
+    state = metric.metric_state
+    assert [part.numel() for part in state.pop("sums").reshape(1, -1)] == [len(metric.columns)]
+    assert all(sum(part.numel() for part in kept) == 0 for kept in state.values())
     metric.reset()
-    assert int(metric.union) == 0
+    assert not metric.sums.any()
 
 
 def test_two_processes_summed_equal_one(data):
