@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the cells")
     parser.add_argument("--cell", "--cells", dest="cells", metavar="I/N", help="cell I, or cells I-J")
     parser.add_argument("--table", action="store_true", help="write the documentation's page and plot")
-    parser.add_argument("--steps", type=int, default=900, help="optimiser steps of a cell")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of a cell")
     parser.add_argument("--samples", type=int, default=1000, help="validation samples")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
