@@ -14,6 +14,7 @@ PROMISES = {
     "01_compose_blocks.py": "no-target probability: [",
     "02_train_synthetic.py": "grid: True",
     "03_swap_a_block.py": "saved with parts of its own, give them: aggregation=",
+    "04_train_with_aml.py": "pictures: True",
 }
 
 

@@ -12,6 +12,8 @@ from gresbox.ops._precision import accumulation_dtype, no_autocast, real_tokens
 
 __all__ = ["inner_tokens", "match_patches", "random_projections"]
 
+_ZERO_LENGTH = 1e-24  # squared length under which a vector has no direction
+
 
 def match_patches(
     visual: Tensor,
@@ -33,7 +35,8 @@ def match_patches(
     Paper: "AMLRIS: Alignment-aware Masked Learning for Referring Image Segmentation", arXiv:2602.22740, PMME.
     Differs from the paper: padding takes no part in the softmax and cannot win the maximum; a text without a real token matches
     everything (S = 1). The paper has no scale ``s``; with 1 and projections of variance 1/D, S is 1/L nearly everywhere.
-    ``"auto"`` projects the smaller side once, ``V ((T W_t) W_i^t)^t``, where that takes fewer multiplications.
+    ``"auto"`` projects the smaller side once, ``V ((T W_t) W_i^t)^t``, where that takes fewer multiplications, and divides by the
+    patches' lengths last.
 
     Args:
         visual: One feature vector per patch.
@@ -77,13 +80,18 @@ def match_patches(
     with no_autocast(visual):
         # A where, not a product: padded places may hold anything, NaN included.
         patch, token = visual.to(dtype), torch.where(real[..., None], tokens, 0).to(dtype)
+        factor: float | Tensor = scale
         if normalize:
-            patch, token = F.normalize(patch, dim=-1), F.normalize(token, dim=-1)
+            token = F.normalize(token, dim=-1)
+            if backend == "eager":
+                patch = F.normalize(patch, dim=-1)
+            else:  # the lengths of the patches are divided out of the few products instead of the many channels
+                factor = scale * patch.square().sum(-1, keepdim=True).clamp(min=_ZERO_LENGTH).rsqrt()  # (B, P, 1)
         if visual_projection is not None:
             visual_projection = visual_projection.to(dtype)
         if text_projection is not None:
             text_projection = text_projection.to(dtype)
-        logits = scale * _inner_products(patch, token, visual_projection, text_projection, backend)  # (B, P, L)
+        logits = factor * _inner_products(patch, token, visual_projection, text_projection, backend)  # (B, P, L)
         hidden = ~real[:, None]
         if over == "tokens":
             match = logits.masked_fill(hidden, torch.finfo(dtype).min).softmax(-1)

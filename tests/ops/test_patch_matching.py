@@ -113,6 +113,16 @@ def test_order_of_patches_tokens_and_samples_does_not_matter(seed):
     torch.testing.assert_close(got, want[b][:, p], rtol=1e-5, atol=1e-6)
 
 
+@BACKENDS
+def test_a_vector_of_length_zero_has_no_direction(backend):
+    visual, tokens = torch.randn(1, 3, 8), torch.randn(1, 4, 8)
+    visual[0, 1], tokens[0, 2] = 0, 0
+    visual.requires_grad_()
+    similarity = match_patches(visual, tokens, scale=5.0, backend=backend)
+    assert similarity[0, 1] == 0.25
+    assert torch.autograd.grad(similarity.sum(), visual)[0].isfinite().all()
+
+
 def test_without_a_real_token_everything_matches():
     visual, tokens = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
     similarity = match_patches(visual, tokens, torch.tensor([[0] * 4, [1] * 4]), scale=3.0)
