@@ -43,7 +43,8 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
     def _finish(self) -> None:
         """Remember which parts the config built, so that saving can name those that were swapped by hand."""
         for name in self.part_names:
-            getattr(self, name).built_from = self.config
+            if getattr(self, name) is not None:  # a part that the config leaves out
+                getattr(self, name).built_from = self.config
 
     @property
     def recipe(self) -> Recipe:
@@ -209,7 +210,7 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
 
     def foreign_parts(self) -> dict[str, str]:
         """Parts that were swapped by hand, with their classes: the config does not know how to build them."""
-        parts = {name: getattr(self, name) for name in self.part_names}
+        parts = {name: getattr(self, name) for name in self.part_names if getattr(self, name) is not None}
         return {name: _class_name(part) for name, part in parts.items() if getattr(part, "built_from", None) != self.config}
 
     def _save_pretrained(self, save_directory: Path) -> None:

@@ -213,7 +213,7 @@ class InstAlign(GresModel):
         vocab_size = len(tokenizer) if config.vocabulary else None
         self.text_encoder = TextEncoder(config.text_encoder, config.dim, vocab_size=vocab_size, pretrained=pretrained)
         fusions = [PixelWordFusion(channels, config.dim) for channels in self.image_encoder.channels]
-        self.word_fusion = nn.ModuleList(fusions if config.word_fusion else [])
+        self.word_fusion = nn.ModuleList(fusions) if config.word_fusion else None
         self.pixel_decoder = MSDeformPixelDecoder(
             self.image_encoder.channels,
             config.dim,
@@ -252,7 +252,7 @@ class InstAlign(GresModel):
         valid = attention_mask.bool()
         tokens = self.text_encoder(input_ids, valid)
         levels = self.image_encoder(images)
-        if self.word_fusion:
+        if self.word_fusion is not None:
             levels = [fuse(level, tokens, valid) for fuse, level in zip(self.word_fusion, levels, strict=True)]
         pixels, memories = self.pixel_decoder(levels)
         *aux, last = self.decoder(memories[-self.config.memory_levels :], pixels, tokens, valid)
