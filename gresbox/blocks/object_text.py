@@ -25,15 +25,9 @@ class _ObjectText(nn.Module):
         self.text_ffn = FeedForward(dim, text_ffn) if text_ffn and update_text else None
 
     def _attend(
-        self,
-        queries: Tensor,
-        tokens: Tensor,
-        valid: Tensor | None = None,
-        *,
-        query_position: Tensor | None = None,
-        token_position: Tensor | None = None,
+        self, queries: Tensor, tokens: Tensor, placed: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """What is added to the queries and to the tokens (None when the text is not updated)."""
+        """What is added to the queries and to the tokens (None when the text is not updated); ``placed``: both with positions."""
         raise NotImplementedError
 
     def forward(
@@ -46,7 +40,8 @@ class _ObjectText(nn.Module):
         token_position: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         self._check(queries, tokens, valid)
-        from_text, from_objects = self._attend(queries, tokens, valid, query_position=query_position, token_position=token_position)
+        placed = _add(queries, query_position), _add(tokens, token_position)
+        from_text, from_objects = self._attend(queries, tokens, placed, valid)
         return self.query_norm(queries + from_text), self._renew(tokens, from_objects, valid)
 
     def _check(self, queries: Tensor, tokens: Tensor, valid: Tensor | None) -> None:
@@ -101,19 +96,12 @@ class ParallelObjectText(_ObjectText):
         self.tokens_read = MultiHeadAttention(dim, num_heads) if update_text else None
 
     def _attend(
-        self,
-        queries: Tensor,
-        tokens: Tensor,
-        valid: Tensor | None = None,
-        *,
-        query_position: Tensor | None = None,
-        token_position: Tensor | None = None,
+        self, queries: Tensor, tokens: Tensor, placed: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        placed_queries, placed_tokens = _add(queries, query_position), _add(tokens, token_position)
         if self.tokens_read is None:
-            return _read_text(self.objects_read, placed_queries, placed_tokens, tokens, valid), None
-        objects = self.objects_read.project(placed_queries, placed_tokens, tokens)
-        words = self.tokens_read.project(placed_tokens, placed_queries, queries)
+            return _read_text(self.objects_read, *placed, tokens, valid), None
+        objects = self.objects_read.project(*placed, tokens)
+        words = self.tokens_read.project(placed[1], placed[0], queries)
         from_text, from_objects = cross_attend_both(*objects, *words, valid)
         return self.objects_read.merge(from_text), self.tokens_read.merge(from_objects)
 
@@ -137,17 +125,9 @@ class GatedObjectText(ParallelObjectText):
     """
 
     def _attend(
-        self,
-        queries: Tensor,
-        tokens: Tensor,
-        valid: Tensor | None = None,
-        *,
-        query_position: Tensor | None = None,
-        token_position: Tensor | None = None,
+        self, queries: Tensor, tokens: Tensor, placed: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        from_text, from_objects = super()._attend(
-            queries, tokens, valid, query_position=query_position, token_position=token_position
-        )
+        from_text, from_objects = super()._attend(queries, tokens, placed, valid)
         return queries * from_text, None if from_objects is None else tokens * from_objects
 
 
@@ -187,18 +167,11 @@ class SharedObjectText(_ObjectText):
         self.token_output = _xavier(dim) if update_text else None
 
     def _attend(
-        self,
-        queries: Tensor,
-        tokens: Tensor,
-        valid: Tensor | None = None,
-        *,
-        query_position: Tensor | None = None,
-        token_position: Tensor | None = None,
+        self, queries: Tensor, tokens: Tensor, placed: tuple[Tensor, Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        placed_queries, placed_tokens = _add(queries, query_position), _add(tokens, token_position)
         if self.object_value is None or self.token_output is None:
-            return _read_text(self.objects_read, placed_queries, placed_tokens, tokens, valid), None
-        objects, words, word_values = self.objects_read.project(placed_queries, placed_tokens, tokens)
+            return _read_text(self.objects_read, *placed, tokens, valid), None
+        objects, words, word_values = self.objects_read.project(*placed, tokens)
         object_values = self.object_value(queries).unflatten(-1, (self.objects_read.num_heads, -1)).transpose(1, 2)
         from_text, from_objects = cross_attend_both(objects, words, word_values, words, objects, object_values, valid)
         return self.objects_read.merge(from_text), self.token_output(from_objects.transpose(1, 2).flatten(2))

@@ -58,7 +58,7 @@ def test_shared_golden(arrays):
     }
     for ours, theirs in names.items():
         module.get_submodule(ours).load_state_dict({"weight": arrays[f"shared/w{theirs}"], "bias": arrays[f"shared/b{theirs}"]})
-    for_queries, for_tokens = module._attend(arrays["q"], arrays["t"], arrays["mask"])
+    for_queries, for_tokens = module._attend(arrays["q"], arrays["t"], (arrays["q"], arrays["t"]), arrays["mask"])
     torch.testing.assert_close(for_queries, arrays["shared/delta_q"])
     torch.testing.assert_close(for_tokens, arrays["shared/delta_t"])
 
@@ -107,7 +107,7 @@ def test_gated_multiplies_parallels_result():
     parallel = ParallelObjectText(16, 4).double()
     parallel.load_state_dict(gated.state_dict())
     queries, tokens, places = inputs()
-    for_queries, for_tokens = parallel._attend(queries, tokens, **places)
+    for_queries, for_tokens = parallel._attend(queries, tokens, (queries + places["query_position"], tokens + places["token_position"]), None)
     out = gated(queries, tokens, **places)
     torch.testing.assert_close(out, (gated.query_norm(queries * (1 + for_queries)), gated.token_norm(tokens * (1 + for_tokens))))
 
