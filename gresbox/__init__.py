@@ -106,7 +106,16 @@ if TYPE_CHECKING:
         load_model,
     )
     from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
-    from gresbox.training import AlignmentMaskedTraining, EvaluationOptions, Trainer, TrainOptions
+    from gresbox.training import (
+        AlignmentMaskedTraining,
+        Answer,
+        EvaluationOptions,
+        PredictionFile,
+        PredictionWriter,
+        Scorer,
+        Trainer,
+        TrainOptions,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -207,7 +216,16 @@ _HOME = {
         "list_models",
         "load_model",
     ],
-    "gresbox.training": ["AlignmentMaskedTraining", "EvaluationOptions", "TrainOptions", "Trainer"],
+    "gresbox.training": [
+        "AlignmentMaskedTraining",
+        "Answer",
+        "EvaluationOptions",
+        "PredictionFile",
+        "PredictionWriter",
+        "Scorer",
+        "TrainOptions",
+        "Trainer",
+    ],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -215,6 +233,7 @@ __all__ = [
     "AdaptiveInstanceAggregation",
     "AlignmentAwareMasking",
     "AlignmentMaskedTraining",
+    "Answer",
     "AttentionGuidedQueryGeneration",
     "Batch",
     "Beit3Config",
@@ -283,6 +302,8 @@ __all__ = [
     "PixelWordFusion",
     "PointGuidedMatcher",
     "PointPrior",
+    "PredictionFile",
+    "PredictionWriter",
     "PromptedTextEncoder",
     "RESMetric",
     "RRefCOCO",
@@ -294,6 +315,7 @@ __all__ = [
     "RefZOMMetric",
     "Resize",
     "ScoreTextSelector",
+    "Scorer",
     "SequentialObjectText",
     "SharedObjectText",
     "SimpleFeaturePyramid",

@@ -9,17 +9,67 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from gresbox.data.transforms import resize_masks
+from gresbox.ops import box_cxcywh_to_xyxy
 from gresbox.structures import GresSample, GresTarget
 from gresbox.training.randomness import seed_random
 
-__all__ = ["EvaluationBatch", "EvaluationCollate", "TrainingBatch", "TrainingCollate", "make_loader", "resize_target"]
+__all__ = [
+    "EvaluationBatch",
+    "EvaluationCollate",
+    "TrainingBatch",
+    "TrainingCollate",
+    "Truth",
+    "make_loader",
+    "resize_target",
+    "truth_of",
+]
+
+
+class Truth(NamedTuple):
+    """What a benchmark knows of one expression, at the size of scoring.
+
+    Args:
+        mask: Everything that is referred to, ``(H, W)`` bool.
+        boxes_xyxy: One box per referred instance, ``(M, 4)`` float32, in pixels of that size.
+        no_target: Whether the expression refers to nothing.
+        kind: ``"one"``, ``"many"`` or ``"zero"``.
+        exists: Whether the expression is true of the picture.
+        ref_id: The reference that the expression belongs to.
+        sent_id: The expression's id.
+    """
+
+    mask: Tensor
+    boxes_xyxy: Tensor
+    no_target: bool
+    kind: str
+    exists: bool
+    ref_id: int
+    sent_id: int
+
+
+def truth_of(target: GresTarget, about: Any) -> Truth:
+    """Put the truth of one expression together.
+
+    Args:
+        target: What the expression refers to.
+        about: A :class:`gresbox.structures.GresSample`, or what a dataset's ``info`` gives: ``kind``, ``exists`` and ids are read.
+
+    Example:
+        >>> sample = GresSample(torch.zeros(3, 4, 8), "it", GresTarget(torch.ones(1, 4, 8, dtype=torch.bool)), sent_id=7)
+        >>> truth_of(sample.target, sample)[1:]
+        (tensor([[0., 0., 8., 4.]]), False, 'one', True, 0, 7)
+    """
+    mask = _of(target.merged)
+    scale = torch.tensor([mask.shape[1], mask.shape[0]], dtype=torch.float64).repeat(2)
+    boxes = (box_cxcywh_to_xyxy(_of(target.boxes).double()) * scale).float()
+    return Truth(mask, boxes, bool(target.no_target), about.kind, about.exists, about.ref_id, about.sent_id)
 
 
 def resize_target(target: GresTarget, size: tuple[int, int]) -> GresTarget:
@@ -79,19 +129,17 @@ class EvaluationBatch:
     Args:
         inputs: What the model takes, from its processor.
         texts: The expressions.
-        truths: The whole referred region of each sample, ``(H_i, W_i)`` bool.
-        no_target: Whether each expression refers to nothing, ``(B,)`` bool.
+        truths: What the benchmark knows of each sample.
     """
 
     inputs: dict[str, Tensor]
     texts: list[str]
-    truths: list[Tensor]
-    no_target: Tensor
+    truths: list[Truth]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """Height and width of scoring, per sample."""
-        return [(truth.shape[0], truth.shape[1]) for truth in self.truths]
+        return [(truth.mask.shape[0], truth.mask.shape[1]) for truth in self.truths]
 
 
 @dataclass(frozen=True)
@@ -136,8 +184,7 @@ class EvaluationCollate:
         return EvaluationBatch(
             inputs=self.processor(images=[sample.image for sample in samples], texts=[sample.text for sample in samples]),
             texts=[sample.text for sample in samples],
-            truths=[_of(target.merged) for target in targets],
-            no_target=torch.tensor([bool(target.no_target) for target in targets]),
+            truths=[truth_of(target, sample) for target, sample in zip(targets, samples, strict=True)],
         )
 
 

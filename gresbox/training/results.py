@@ -71,7 +71,8 @@ def save_pictures(model: nn.Module, dataset: Any, out: Path, options: TrainOptio
     samples = _mixed(dataset, options.pictures)
     images, texts = [sample.image for sample in samples], [sample.text for sample in samples]
     threshold = options.evaluation.no_target_threshold
-    answers = model.predict(images, texts, no_target_threshold=threshold)  # type: ignore[operator]
+    decided = {} if threshold is None else {"no_target_threshold": threshold}
+    answers = model.predict(images, texts, **decided)  # type: ignore[operator]
     prediction_grid(samples, answers, out / "pictures.png")
 
 

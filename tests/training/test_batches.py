@@ -32,7 +32,7 @@ def test_targets_follow_the_pictures_to_the_models_size(tiny):
     batch = TrainingCollate(processor)(samples)
     assert tuple(batch.merged.shape) == (4, 64, 64)
     assert sum(batch.counts) == len(batch.masks) == len(batch.boxes)
-    assert [truth.shape[0] for truth in EvaluationCollate(processor)(samples).truths] == [96] * 4
+    assert [truth.mask.shape[0] for truth in EvaluationCollate(processor)(samples).truths] == [96] * 4
     assert EvaluationCollate(processor, resized=True)(samples).sizes == [(64, 64)] * 4
 
 
