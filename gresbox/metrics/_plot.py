@@ -80,7 +80,7 @@ def draw_curves(ax: Axes, results: Sequence[Mapping[str, Tensor]], names: Sequen
     ax.set_ylim(-2, 102)
     ax.set_xlim(0, 1)
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8, ncols=len(names), loc="lower center", frameon=False)
+    ax.legend(fontsize=8, ncols=len(names), loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
 
 def figure_of(axes: Axes) -> Figure:

@@ -69,6 +69,23 @@ def test_against_the_rule_read_aloud(rows, iou_type, overlap_threshold):
     assert torch.equal(grec_metrics(found, true, **options)["F1"], got["F1"])  # without looking at every expression
 
 
+def test_ties_go_to_the_higher_score_then_to_the_larger_coordinates():
+    """Both boxes overlap the first target equally; only the right one could have the second target instead."""
+    true = torch.tensor([[0.0, 0.0, 10.0, 10.0], [5.0, 0.0, 15.0, 10.0]])
+    right, left = [2.0, 0.0, 12.0, 10.0], [-2.0, 0.0, 8.0, 10.0]
+    for boxes, scores, matched in [
+        ([right, left], [0.8, 0.9], 2),
+        ([left, right], [0.9, 0.8], 2),
+        ([right, left], [0.9, 0.8], 1),
+        ([left, right], [0.8, 0.9], 1),
+        ([left, right], [0.9, 0.9], 1),
+        ([right, left], [0.9, 0.9], 1),
+    ]:
+        got = grec_metrics([answer(boxes, scores)] * 2, [true] * 2, protocol="instancevg", per_sample=True)
+        assert got["matched"].tolist() == [matched] * 2
+        assert read_aloud(answer(boxes, scores), true, _Rule(0.7, "giou", 0.5))[1] == matched
+
+
 def test_many_boxes_are_matched_in_parts():
     """More pairs than are treated at once, of expressions with different numbers of boxes."""
     generator = np.random.default_rng(0)
@@ -124,6 +141,8 @@ def test_the_flag_overrules_the_boxes():
     got = grec_metrics([answer(BOX, [0.1]), answer(BOX, [0.9])], [torch.zeros(1, 4), BOX[:0]], none, per_sample=True)
     assert got["f1"].tolist() == [1, 0]
     assert (float(got["N_acc"]), float(got["T_acc"])) == (100, 100)
+    got = grec_metrics([answer(BOX, [0.9])] * 2, [BOX, BOX], none, per_sample=True)
+    assert (got["matched"].tolist(), got["f1"].tolist()) == ([0, 1], [0, 1])
 
 
 def test_half_precision_is_compared_in_float32_and_devices_and_gradients_do_not_matter():

@@ -29,9 +29,11 @@ def test_zero_expressions_enter_the_accuracy_only():
 
 def test_the_mask_of_a_zero_expression_is_not_looked_at():
     kind = ["one", "many", "zero"]
-    first, second = (refzom_metrics([HALF, FULL, EMPTY], [FULL, FULL, mask], kind) for mask in (FULL, EMPTY))
-    assert values(first) == values(second)
-    assert float(first["Acc"]) == 100
+    for pred, accuracy in ((FULL, 0), (EMPTY, 100)):
+        first, second = (refzom_metrics([HALF, FULL, pred], [FULL, FULL, mask], kind) for mask in (FULL, EMPTY))
+        assert values(first) == values(second)
+        assert float(first["Acc"]) == accuracy
+        assert float(first["Pr@0.9"]) == 50
     with pytest.warns(UserWarning, match="because no expression is of kind 'one' or 'many'"):
         assert refzom_metrics([EMPTY], [FULL], ["zero"])["mIoU"].isnan()
 
