@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -66,6 +66,7 @@ def by_loops(similarity, size, noise, *, threshold, drop, block, unit, mode, at_
     return removed
 
 
+@settings(max_examples=120)
 @given(
     size=st.tuples(st.integers(1, 13), st.integers(1, 13)),
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)),
@@ -174,6 +175,13 @@ def test_noise_comes_from_the_generator_alone_where_one_is_given():
     torch.manual_seed(3)
     assert torch.equal(filter_blocks(similarity, (64, 64)), first)
     assert not torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_of_exactly_the_share_stays_visible():
+    noise = torch.tensor([[[0.0, 0.25, 0.24, 0.5]]])
+    for drop, hidden in ((0.0, []), (0.25, [0, 2]), (0.5, [0, 1, 2]), (1.0, [0, 1, 2, 3])):
+        removed = filter_blocks(torch.zeros(1, 1, 1), (1, 4), drop=drop, block=1, noise=noise)
+        assert removed[0, 0].nonzero()[:, 0].tolist() == hidden
 
 
 def test_nan_is_not_weak():

@@ -97,8 +97,10 @@ def test_padding_changes_nothing_whatever_it_holds(pads, seed, over):
     other = tokens.clone()
     other[1, 2:] = float("nan")
     more = torch.cat([other, torch.full((2, pads, 8), float("inf"))], dim=1)
+    visual.requires_grad_()
     got = match_patches(visual, more, torch.cat([valid, valid.new_zeros(2, pads)], dim=1), scale=9.0, over=over)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+    assert torch.autograd.grad(got.sum(), visual)[0].isfinite().all()
     assert ((want >= 0) & (want <= 1)).all()
 
 

@@ -255,6 +255,9 @@ def test_the_clean_pictures_loss_has_its_weight():
 
 
 def test_autocast_gives_every_parameter_its_gradient():
+    def seen():
+        return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+
     inputs, truth = run.batch()
     training = AlignmentMaskedTraining(run.ours(), run.masking(drop=1.0))
     plain = copy.deepcopy(training.model)
@@ -269,6 +272,12 @@ def test_autocast_gives_every_parameter_its_gradient():
     wanted = run.gradients(plain)
     assert all(torch.equal(grad, wanted[name]) for name, grad in run.gradients(training.model).items())
     assert all(grad.any() for grad in wanted.values())
+    caches = []
+    training = AlignmentMaskedTraining(plain, run.masking(), encode=lambda *a, **k: caches.append(seen()) or plain.encode(*a, **k))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        training(**inputs)
+        caches.append(seen())
+    assert caches == [(True, torch.bfloat16, False), (True, torch.bfloat16, True)]
 
 
 @pytest.mark.parametrize("outer", [False, True])
@@ -355,6 +364,17 @@ def test_two_processes_and_accumulation_train_as_one_with_the_whole_batch(tmp_pa
         assert torch.equal(result["bridge"], training.masking.text_to_visual)
         assert result["sent"] == []  # nothing of the masking travels between processes
     assert not torch.equal(ranks[0]["removed"], ranks[1]["removed"])  # each process has its own noise
+
+
+def test_the_loop_adds_up_gradients_once_per_step(tmp_path, tiny, monkeypatch):
+    from accelerate import Accelerator
+
+    waits, no_sync = [], Accelerator.no_sync
+    monkeypatch.setattr(Accelerator, "no_sync", lambda self, model: waits.append(model) or no_sync(self, model))
+    backward, scales = Accelerator.backward, []
+    monkeypatch.setattr(Accelerator, "backward", lambda self, loss: scales.append(len(waits)) or backward(self, loss))
+    tiny.tiny_training(tmp_path, max_steps=2, batch=4, accumulate=2, aml={"clean_loss_weight": 0.25})
+    assert scales == [1, 2, 3, 3, 4, 5, 6, 6]  # two micro-batches of two passes: the last of each four does not wait
 
 
 def test_bf16_training_with_the_loop(tmp_path, tiny):
