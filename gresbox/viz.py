@@ -88,6 +88,8 @@ def draw_prediction(
 ) -> Image:
     """One answer as a picture: the image, the truth if known, the merged mask, and the instances with the words they answered to.
 
+    A model with prior points has them drawn, each with the box that was predicted from it.
+
     Args:
         image: The picture that was asked about.
         prediction: The answer, at the picture's size.
@@ -251,11 +253,27 @@ def _draw_row(
         ax.set_yticks([])
         if titles:
             ax.set_title(title, fontsize=8, color="0.35", loc="left")
+    _draw_places(axes[len(panels) - 1], prediction, max_instances)
     axes[len(panels) - 2].set_xlabel(_verdict(prediction, target), fontsize=8)
     if target is not None and not bool(_merged(target).any()):
         axes[1].set_xlabel("nothing", fontsize=8)
     _draw_words(axes[-1], prediction, max_instances)
     figure.suptitle(_shorten(prediction.text, 90), fontsize=10, x=0.01, ha="left", parse_math=False)
+
+
+def _draw_places(ax: Axes, prediction: GresPrediction, max_instances: int) -> None:
+    """Each instance's point and predicted box; without points the boxes are those of the masks, which one sees anyway."""
+    from matplotlib.patches import Rectangle
+
+    if prediction.points is None:
+        return
+    ax.autoscale(False)
+    places = zip(prediction.points[:max_instances].tolist(), prediction.boxes_xyxy.tolist(), cycle(COLOURS), strict=False)
+    for (x, y), (x0, y0, x1, y1), colour in places:
+        paint = tuple(part / 255 for part in colour)
+        # a pixel's centre is a whole number in a plot, its corner in a box
+        ax.add_patch(Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, edgecolor=paint, linewidth=1.6))
+        ax.plot(x - 0.5, y - 0.5, marker="o", markersize=4.5, color=paint, markeredgecolor="black", markeredgewidth=0.8)
 
 
 def _merged(target: GresTarget) -> Tensor:

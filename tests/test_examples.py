@@ -15,6 +15,7 @@ PROMISES = {
     "02_train_synthetic.py": "grid: True",
     "03_swap_a_block.py": "saved with parts of its own, give them: aggregation=",
     "04_train_with_aml.py": "pictures: True",
+    "06_mix_papers.py": "without a gradient: []",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -77,6 +78,19 @@ def test_instances_appear_in_their_colours():
     for colour in COLOURS[:2]:
         assert (drawn == np.array(colour)).all(-1).sum() > 20, colour
     assert not (drawn == np.array(COLOURS[3])).all(-1).any()
+
+
+def test_points_and_boxes_are_drawn_where_a_model_has_them():
+    plain = answer(text="x")
+    boxes = torch.tensor([[16.0, 2.0, 28.0, 8.0], [2.0, 16.0, 14.0, 22.0]])
+    placed = dataclasses.replace(plain, boxes_xyxy=boxes, points=torch.tensor([[20.0, 5.0], [8.0, 20.0]]))
+    before, after = (np.asarray(draw_prediction(picture(), prediction)) for prediction in (plain, placed))
+    assert before.shape == after.shape, "the panel keeps its limits"
+    changed = (before != after).any(-1)
+    assert 100 < changed.sum() < changed.size / 20
+    for colour in COLOURS[:2]:
+        assert ((after == np.array(colour)).all(-1) & changed).sum() > 20
+    assert np.array_equal(before, np.asarray(draw_prediction(picture(), dataclasses.replace(plain, boxes_xyxy=boxes))))
 
 
 def test_an_expression_with_mathematical_signs_is_drawn_as_text():

@@ -11,16 +11,19 @@ from gresbox.models.base import GresModel, read_config
 from gresbox.models.beit3 import Beit3Config, Beit3Encoder, beit3_tokenizer
 from gresbox.models.caris import CARIS_SWIN_BASE, CARIS_TINY, Caris, CarisConfig, PromptedTextEncoder
 from gresbox.models.encoders import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
+from gresbox.models.igvg import IGVG, IGVG_BEIT3_BASE, IGVG_BEIT3_LARGE, IGVG_TINY, IGVGConfig
 from gresbox.models.instalign import INSTALIGN_SWIN_BASE, INSTALIGN_SWIN_TINY, INSTALIGN_TINY, InstAlign, InstAlignConfig
 from gresbox.models.processor import GresProcessor, word_tokenizer, words_in
 
 __all__ = [
+    "IGVG",
     "Beit3Config",
     "Beit3Encoder",
     "Caris",
     "CarisConfig",
     "GresModel",
     "GresProcessor",
+    "IGVGConfig",
     "ImageEncoder",
     "ImageEncoderConfig",
     "InstAlign",
@@ -40,6 +43,9 @@ __all__ = [
 MODELS: dict[str, tuple[type[GresModel], Any]] = {
     "caris_swin_base": (Caris, CARIS_SWIN_BASE),
     "caris_tiny": (Caris, CARIS_TINY),
+    "igvg_beit3_base": (IGVG, IGVG_BEIT3_BASE),
+    "igvg_beit3_large": (IGVG, IGVG_BEIT3_LARGE),
+    "igvg_tiny": (IGVG, IGVG_TINY),
     "instalign_swin_base": (InstAlign, INSTALIGN_SWIN_BASE),
     "instalign_swin_tiny": (InstAlign, INSTALIGN_SWIN_TINY),
     "instalign_tiny": (InstAlign, INSTALIGN_TINY),

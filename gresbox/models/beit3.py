@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +14,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from gresbox._checks import check_float, check_range, check_shape
+from gresbox._checks import check_choice, check_float, check_range, check_shape
 from gresbox.models import convert
 
-__all__ = ["BEIT3_BASE", "BEIT3_LARGE", "BEIT3_TINY", "Beit3Config", "Beit3Encoder", "beit3_tokenizer", "resize_position"]
+__all__ = [
+    "BEIT3_BASE",
+    "BEIT3_LARGE",
+    "BEIT3_TINY",
+    "PUBLIC_FILES",
+    "Beit3Config",
+    "Beit3Encoder",
+    "beit3_tokenizer",
+    "fetch_file",
+    "resize_position",
+]
+
+PUBLIC_FILES = "https://github.com/addf400/files/releases/download/beit3/"
+"""Where the authors of BEiT-3 keep its weights and ``beit3.spm``."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +43,14 @@ class Beit3Config:
         num_heads: Attention heads.
         ffn_dim: Hidden width of the feed-forward networks.
         patch_size: Side of a patch in pixels: the stride of the visual features.
+        stem: ``"patch"``: one linear map of each patch, as in the paper; ``"conv"`` (ours): a small residual network of that
+            stride, which learns shapes from random weights in a fraction of the steps. Public weights fit ``"patch"`` alone.
         vocab_size: Rows of the word table.
         text_positions: Longest text in tokens.
         drop_path: Probability that the last layer's update is left out for a sample in training; it grows linearly from 0 in the
             first layer.
+        start_std: Standard deviation of the tables of words and places before training; None: ``dim ** -0.5`` and 0.02, as in the
+            public code, which a short training can hardly tell from the layers' first updates: Sub-LN makes these of size one.
         final_text: False builds no text side in the last layer beyond keys and values, for a model that never reads the tokens.
         gradient_checkpointing: Recompute the layers in the backward pass instead of storing their intermediate results.
     """
@@ -42,9 +60,11 @@ class Beit3Config:
     num_heads: int = 12
     ffn_dim: int = 3072
     patch_size: int = 16
+    stem: str = "patch"
     vocab_size: int = 64010
     text_positions: int = 1022
     drop_path: float = 0.1
+    start_std: float | None = None
     final_text: bool = True
     gradient_checkpointing: bool = False
 
@@ -56,6 +76,13 @@ class Beit3Config:
             check_range("Beit3Config", name, value, 1)
         if self.dim % self.num_heads:
             raise ValueError(f"Beit3Config: `dim` must be a multiple of num_heads={self.num_heads}, got {self.dim}.")
+        check_choice("Beit3Config", "stem", self.stem, ("patch", "conv"))
+        if self.stem == "conv" and (self.patch_size < 2 or self.patch_size & (self.patch_size - 1)):
+            raise ValueError(f"Beit3Config: `patch_size` must be a power of two with stem='conv', got {self.patch_size}.")
+        if self.stem == "conv" and self.dim % (4 * self.patch_size):
+            raise ValueError(f"Beit3Config: `dim` must be a multiple of {4 * self.patch_size} with stem='conv', got {self.dim}.")
+        if self.start_std is not None:
+            check_range("Beit3Config", "start_std", self.start_std, 0)
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"Beit3Config: `drop_path` must be in [0, 1), got {self.drop_path}.")
 
@@ -66,9 +93,19 @@ BEIT3_LARGE = Beit3Config(dim=1024, num_layers=24, num_heads=16, ffn_dim=4096, d
 """Without drop path: the option is misspelt in the official configuration of the large model, which therefore trains without."""
 
 BEIT3_TINY = Beit3Config(
-    dim=96, num_layers=4, num_heads=4, ffn_dim=192, patch_size=8, vocab_size=512, text_positions=64, drop_path=0.0
+    dim=96,
+    num_layers=3,
+    num_heads=4,
+    ffn_dim=192,
+    patch_size=8,
+    stem="conv",
+    vocab_size=512,
+    text_positions=64,
+    drop_path=0.0,
+    start_std=0.5,
 )
-"""For pictures of about 64 pixels, two CPU cores, minutes, and random weights at the start."""
+"""For pictures of about 64 pixels, two CPU cores, minutes, and random weights at the start, from which a linear map of patches
+learns shapes ten times slower than convolutions do."""
 
 
 class Beit3Encoder(nn.Module):
@@ -84,8 +121,8 @@ class Beit3Encoder(nn.Module):
     arXiv:2208.10442, Sec. 2.1 (multiway layers); Wang et al., "Foundation Transformers", arXiv:2210.06423, Sec. 2 (the norms
     inside the sub-layers, Sub-LN).
     Differs from the paper: the expert for pairs in the top layers is left out, as in the public models; the unused mask token and
-    the two unused first rows of each position table are not built. The model that reads it for referring segmentation (IGVG) uses
-    the last layer's normed output alone, so nothing else is returned.
+    the two unused first rows of each position table are not built; ``stem="conv"`` and ``start_std`` are additions. The model that
+    reads it for referring segmentation (IGVG) uses the last layer's normed output alone, so nothing else is returned.
 
     Args:
         config: The numbers.
@@ -119,7 +156,7 @@ class Beit3Encoder(nn.Module):
         self.config = config
         self.grid = (image_size // patch, image_size // patch)
         self.width, self.stride = dim, patch
-        self.patch_embedding = nn.Conv2d(3, dim, patch, stride=patch)
+        self.patch_embedding = _ConvStem(dim, patch) if config.stem == "conv" else nn.Conv2d(3, dim, patch, stride=patch)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.visual_position = nn.Parameter(torch.empty(1 + self.grid[0] * self.grid[1], dim))
         self.text_embedding = nn.Embedding(vocab_size or config.vocab_size, dim)
@@ -146,9 +183,10 @@ class Beit3Encoder(nn.Module):
                 nn.init.xavier_uniform_(parameter, gain=1.0 if "q_proj" in name or "k_proj" in name else gain)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        nn.init.normal_(self.text_embedding.weight, std=self.width**-0.5)
+        std = self.config.start_std
+        nn.init.normal_(self.text_embedding.weight, std=self.width**-0.5 if std is None else std)
         for table in (self.cls_token, self.visual_position, self.text_position):
-            nn.init.trunc_normal_(table, std=0.02)
+            nn.init.trunc_normal_(table, std=0.02 if std is None else std)
 
     def forward(self, images: Tensor, input_ids: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         states, tokens = self.encode(images, input_ids, valid)
@@ -220,6 +258,36 @@ class Beit3Encoder(nn.Module):
         if input_ids.shape[1] > self.config.text_positions:
             limit = self.config.text_positions
             raise ValueError(f"{who}: `input_ids` must be at most {limit} tokens long, got {input_ids.shape[1]}.")
+
+
+class _ConvStem(nn.Module):
+    """Patches from a small residual network, ``(B, 3, H, W) -> (B, dim, H / p, W / p)``: each stage halves sides, doubles width.
+
+    The first stage, whose maps cost most, is one convolution.
+    """
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        stages = patch_size.bit_length() - 1
+        widths = [3, *(dim >> (stages - 1 - stage) for stage in range(stages))]
+        self.down = nn.ModuleList(_convolution(a, b, stride=2) for a, b in itertools.pairwise(widths))
+        self.residual = nn.ModuleList(
+            nn.Sequential(_convolution(width, width), nn.ReLU(), _convolution(width, width)) for width in widths[2:]
+        )
+        self.project = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down[0](x).relu()
+        for down, residual in zip(self.down[1:], self.residual, strict=True):
+            x = down(x).relu()
+            x = (x + residual(x)).relu()
+        return self.project(x)
+
+
+def _convolution(in_dim: int, dim: int, *, stride: int = 1) -> nn.Sequential:
+    convolution = nn.Conv2d(in_dim, dim, 3, stride=stride, padding=1, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="relu")
+    return nn.Sequential(convolution, nn.GroupNorm(8, dim))
 
 
 class _Branch(nn.Module):
@@ -310,6 +378,25 @@ def resize_position(table: Tensor, grid: tuple[int, int], size: tuple[int, int])
     patches = table[1:].T.unflatten(-1, grid)[None].to(dtype)
     resized = F.interpolate(patches, size=size, mode="bicubic", align_corners=False)[0].flatten(1).T
     return torch.cat([table[:1], resized.to(table.dtype)])
+
+
+def fetch_file(place: str) -> Path:
+    """A file, fetched once into PyTorch's cache where ``place`` is a URL.
+
+    Args:
+        place: A path, which is returned as it is, or a URL.
+
+    Example:
+        >>> fetch_file("weights/beit3.spm").name
+        'beit3.spm'
+    """
+    if "://" not in place:
+        return Path(place)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / place.rsplit("/", 1)[-1]
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(place, str(path))
+    return path
 
 
 def beit3_tokenizer(path: str | Path, *, clean: bool = True) -> Any:

@@ -196,6 +196,23 @@ def test_every_parameter_gets_a_gradient(options, final_text):
     assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
 
 
+def test_a_convolutional_stem_gives_one_vector_per_patch_and_sees_beyond_its_borders():
+    encoder = small(dim=48, stem="conv", start_std=0.5).double()
+    for table in (encoder.text_embedding.weight, encoder.text_position, encoder.visual_position):
+        assert 0.4 < table.std() < 0.6
+    images, ids, valid = inputs(width=24)
+    visual, tokens = encoder(images, ids, valid)
+    assert visual.shape == (2, 48, 4, 6) and tokens.shape == (2, 6, 48)
+    (visual.square().sum() + tokens.square().sum()).backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    changed = images.clone()
+    changed[:, :, 5, 5] += 1  # a pixel of patch (1, 1)
+    moved = (encoder.patch_embedding(changed) - encoder.patch_embedding(images)).abs().amax((0, 1))
+    assert moved[1, 1] > moved[0, 1] > 5 * moved[3, 5], "its neighbours too, others through the norms alone"
+    with pytest.raises(ValueError, match=r"Beit3Encoder\.load_beit3: .* missing \(patch_embedding\."):
+        encoder.load_beit3(public_names(encoder.config, 4, device="cpu"))
+
+
 def test_without_the_final_text_side_the_patches_are_the_same():
     whole, lean = small().eval(), small(final_text=False).eval()
     lost = whole.state_dict().keys() - lean.state_dict().keys()
@@ -379,6 +396,9 @@ def test_deeper_or_shallower_files_are_refused():
         ({"num_layers": 0}, ValueError, "`num_layers` must be at least 1, got 0."),
         ({"patch_size": 4.0}, TypeError, "`patch_size` must be a whole number, got 4.0."),
         ({"vocab_size": True}, TypeError, "`vocab_size` must be a whole number, got True."),
+        ({"stem": "conv", "patch_size": 6}, ValueError, "`patch_size` must be a power of two with stem='conv', got 6."),
+        ({"stem": "conv"}, ValueError, "`dim` must be a multiple of 16 with stem='conv', got 24."),
+        ({"start_std": -1.0}, ValueError, "`start_std` must be at least 0, got -1.0."),
         ({"drop_path": 1.0}, ValueError, "`drop_path` must be in [0, 1), got 1.0."),
         ({"drop_path": float("nan")}, ValueError, "`drop_path` must be in [0, 1), got nan."),
     ],
