@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gresbox._checks import check_range, check_shape
 
@@ -50,12 +50,17 @@ class PixelWordFusion(nn.Module):
     def forward(self, features: Tensor, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         check_shape("PixelWordFusion", features=(features, "B C H W"), tokens=(tokens, "B L T"))
         rows = features.flatten(2).transpose(1, 2)  # (B, P, C)
-        read = None
         if valid is not None:
             check_shape("PixelWordFusion", tokens=(tokens, "B L T"), valid=(valid, "B L"))
             tokens = tokens.masked_fill(~valid.bool()[..., None], 0.0)
+        # What multiplies a pixel's query or the words it has read is multiplied with the few words instead of the many pixels;
+        # for the latter that is the same because attention weights add up to 1.
+        keys = self.k_proj(tokens)
+        logits = rows @ (keys @ self.q_proj.weight).mT + (keys @ self.q_proj.bias)[:, None]  # (B, P, L)
+        if valid is not None:
             # A row without any valid token reads zeros evenly instead of nothing at all.
-            read = (valid.bool() | ~valid.bool().any(-1, keepdim=True))[:, None]  # (B, 1, L)
-        words = F.scaled_dot_product_attention(self.q_proj(rows), self.k_proj(tokens), self.v_proj(tokens), attn_mask=read)
-        fused = self.out_proj(self.m_proj(rows).relu() * self.w_proj(words))
+            read = valid.bool() | ~valid.bool().any(-1, keepdim=True)
+            logits = logits.masked_fill(~read[:, None], -torch.inf)
+        words = (logits * rows.shape[-1] ** -0.5).softmax(-1) @ self.w_proj(self.v_proj(tokens))
+        fused = self.out_proj(self.m_proj(rows).relu() * words)
         return features + (self.gate(fused) * fused).transpose(1, 2).unflatten(-1, features.shape[-2:])

@@ -325,7 +325,7 @@ INSTALIGN_TINY = InstAlignConfig(
     text_queries=True,
     mask_upsample=2,
     loss_weights=InstAlignWeights(no_target=2.0, no_target_classes=(1.0, 5.5)),
-    recipe=Recipe(lr=2e-3, final_lr=2e-5, epochs=1.6, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
+    recipe=Recipe(lr=2e-3, final_lr=2e-5, epochs=1.44, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
 )
 """For two CPU cores and minutes, from scratch. Beside its sizes it differs from the paper in what a short training from random
 weights was seen to need: pixels that read the words and know their places, queries that start from the sentence, instance masks
