@@ -366,6 +366,19 @@ def test_two_processes_and_accumulation_train_as_one_with_the_whole_batch(tmp_pa
     assert not torch.equal(ranks[0]["removed"], ranks[1]["removed"])  # each process has its own noise
 
 
+def test_the_loop_with_nothing_hidden_is_the_plain_loop_whatever_the_clean_pictures_weight(tmp_path, tiny):
+    options = TrainOptions(max_steps=3, batch=4, log_every=1, progress=False, cpu=True)
+    data, logs = SyntheticGRES("train", 24, image_size=64), []
+    for weight in (None, 0.0, 0.25):
+        model = tiny.tiny_model()
+        masking = AlignmentAwareMasking(*model.encode_dims, threshold=0.0)
+        aml = None if weight is None else AlignmentMaskedTraining(model, masking, clean_loss_weight=weight)
+        train(model, data, None, tmp_path / str(weight), options, aml=aml)
+        logs.append([(entry["loss"], entry["grad_norm"]) for entry in read_log(tmp_path / str(weight) / "log.jsonl")])
+    assert logs[1] == logs[0]
+    assert sum(logs[2], ()) == pytest.approx(sum(logs[0], ()), rel=1e-4)
+
+
 def test_the_loop_adds_up_gradients_once_per_step(tmp_path, tiny, monkeypatch):
     from accelerate import Accelerator
 
