@@ -18,12 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["RecordMetric", "percent", "rows", "warn_undefined"]
-
-
-def rows(columns: Sequence[Tensor]) -> Tensor:
-    """``(B,)`` tensors of any dtype as the columns of float64 rows, ``(B, K)``."""
-    return torch.stack([column.double() for column in columns], dim=1)
+__all__ = ["RecordMetric", "percent", "warn_undefined"]
 
 
 def percent(part: Tensor, whole: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from gresbox._checks import check_shape
 from gresbox.metrics._inputs import Ids, check_length, check_numbers
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._overlap import rows
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 __all__ = ["CoverageAccuracy", "coverage_accuracy"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gresbox._checks import check_choice, check_range
 from gresbox.metrics._inputs import Ids, Masks, check_flags, check_masks
-from gresbox.metrics._overlap import mask_overlap
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._overlap import mask_overlap, rows
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 __all__ = ["GRESMetric", "gres_metrics"]
 
@@ -182,16 +182,15 @@ def _score(
     check_flags(who, "pred_no_target", pred_no_target, len(pred))
     check_flags(who, "target_no_target", target_no_target, len(pred))
     overlap = mask_overlap(pred, target)
-    # the truth table in numbers: one dtype, because on few samples a conversion costs as much as the arithmetic
     if pred_no_target is None:
-        says_none = (overlap.predicted < least_pixels).double()
+        says_none = (overlap.predicted < least_pixels) * 1.0
         overlap = overlap.emptied(says_none)
     else:
-        says_none = pred_no_target.to(overlap.true)
-    is_none = (overlap.true == 0).double() if target_no_target is None else target_no_target.to(overlap.true)
+        says_none = overlap.number(pred_no_target)
+    is_none = (overlap.true == 0) * 1.0 if target_no_target is None else overlap.number(target_no_target)
     right_none, right_some = is_none * says_none, (1 - is_none) * (1 - says_none)
     overlapping = right_some * overlap.iou
-    columns = [torch.ones_like(is_none), says_none, is_none, right_none, right_some]
+    columns = [overlap.true >= 0, says_none, is_none, right_none, right_some]
     columns += [right_some * overlap.intersection, (1 - right_none) * overlap.union, right_none + overlapping]
     columns += [overlapping >= level for level in THRESHOLDS]  # in float64: a float32 0.7 would let 0.6999999 pass
     return rows(columns)

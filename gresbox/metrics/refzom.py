@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gresbox._checks import check_choice
 from gresbox.metrics._inputs import Ids, Masks, check_flags, check_length, check_masks
-from gresbox.metrics._overlap import mask_overlap
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._overlap import mask_overlap, rows
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 __all__ = ["RefZOMMetric", "refzom_metrics"]
 
@@ -144,8 +144,8 @@ def _score(who: str, pred: Masks, target: Masks, kind: Sequence[str], pred_no_ta
     for index, value in enumerate(kind):
         check_choice(who, f"kind[{index}]", value, KINDS)
     overlap = mask_overlap(pred, target)
-    says_none = (overlap.predicted == 0).double() if pred_no_target is None else pred_no_target.to(overlap.true)
-    is_kind = {name: torch.tensor([value == name for value in kind]).to(overlap.true) for name in KINDS}
+    says_none = (overlap.predicted == 0) * 1.0 if pred_no_target is None else overlap.number(pred_no_target)
+    is_kind = {name: overlap.number(torch.tensor([value == name for value in kind], dtype=torch.bool)) for name in KINDS}
     iou = overlap.iou * (1 - is_kind["zero"])
     columns = [*is_kind.values(), is_kind["zero"] * says_none]
     for name in ("one", "many"):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from gresbox._checks import check_choice
 from gresbox.metrics._inputs import Ids, Masks, check_masks
-from gresbox.metrics._overlap import mask_overlap
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._overlap import mask_overlap, rows
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 __all__ = ["RESMetric", "res_metrics"]
 
@@ -113,8 +113,9 @@ def _score(who: str, pred: Masks, target: Masks, empty_union: str) -> Tensor:
     check_masks(who, pred, target)
     overlap = mask_overlap(pred, target)
     union = overlap.union
-    iou = overlap.iou if empty_union == "zero" else overlap.intersection / union
-    return rows([torch.ones_like(iou), overlap.intersection, union, iou, *(iou >= level for level in THRESHOLDS)])
+    with np.errstate(invalid="ignore"):
+        iou = overlap.iou if empty_union == "zero" else overlap.intersection / union
+    return rows([overlap.true >= 0, overlap.intersection, union, iou, *(iou >= level for level in THRESHOLDS)])
 
 
 def _ratios(sums: Tensor) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gresbox._checks import check_choice
 from gresbox.metrics._inputs import Ids, Masks, check_flags, check_masks, integers
-from gresbox.metrics._overlap import mask_overlap
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._overlap import mask_overlap, rows
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 __all__ = ["RRefCOCOMetric", "rrefcoco_metrics"]
 
@@ -164,11 +164,11 @@ def _score(who: str, pred: Masks, target: Masks, exists: Tensor, pred_no_target:
     check_flags(who, "exists", exists, len(pred))
     check_flags(who, "pred_no_target", pred_no_target, len(pred))
     overlap = mask_overlap(pred, target)
-    says_none = (overlap.predicted == 0).double() if pred_no_target is None else pred_no_target.to(overlap.true)
+    says_none = (overlap.predicted == 0) * 1.0 if pred_no_target is None else overlap.number(pred_no_target)
     if protocol == "robust_ref_seg":
         overlap = overlap.emptied(says_none)
-        says_none = (overlap.predicted == 0).double()
-    true = exists.to(overlap.true)
+        says_none = overlap.predicted == 0
+    true = overlap.number(exists)
     return rows([true, says_none, true * overlap.intersection, true * overlap.union, overlap.predicted])
 
 

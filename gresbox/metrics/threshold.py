@@ -10,9 +10,9 @@ from torch import Tensor
 
 from gresbox._checks import check_range, check_shape
 from gresbox.metrics._inputs import Ids, Masks, check_flags, check_masks, check_numbers
-from gresbox.metrics._overlap import mask_overlap
+from gresbox.metrics._overlap import mask_overlap, rows
 from gresbox.metrics._plot import draw_curves, figure_of, new_axes
-from gresbox.metrics._records import RecordMetric, percent, rows, warn_undefined
+from gresbox.metrics._records import RecordMetric, percent, warn_undefined
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -228,8 +228,8 @@ def _score(who: str, pred: Masks, target: Masks, scores: Tensor, target_no_targe
         raise ValueError(f"{who}: `no_target_scores` must be (B,) with B={len(pred)}, got ({size},).")
     check_numbers(who, "no_target_scores", scores, 0, 1)
     overlap = mask_overlap(pred, target)
-    is_none = overlap.true == 0 if target_no_target is None else target_no_target.to(overlap.true.device)
-    return rows([scores.detach().to(overlap.true.device), is_none, overlap.intersection, overlap.union, overlap.iou])
+    is_none = overlap.true == 0 if target_no_target is None else overlap.number(target_no_target)
+    return rows([overlap.number(scores.detach().double()), is_none, overlap.intersection, overlap.union, overlap.iou])
 
 
 def _sweep(records: Tensor, thresholds: Tensor) -> dict[str, Tensor]:

@@ -217,6 +217,20 @@ def test_all_states_move_between_devices(processes, updated, name):
     assert {part.device.type for part in [metric.sums, *metric.records, *metric.keys]} == {"meta"}
 
 
+@each_metric
+@quiet
+@pytest.mark.parametrize("stacked", [False, True])
+def test_tensors_on_a_device_give_the_same(processes, by_function, name, stacked, monkeypatch):
+    """What runs on another device than the CPU, run on the CPU."""
+    samples = processes.make_samples(10)
+    if stacked:
+        shape = (7, 9)
+        samples |= {key: torch.stack([torch.rand(shape) < 0.3 for _ in range(10)]) for key in ("pred", "target")}
+    want = by_function(name, samples, per_sample=True)
+    monkeypatch.setattr("gresbox.metrics._overlap._uses_numpy", lambda device: False)
+    assert_same(by_function(name, samples, per_sample=True), want)
+
+
 @quiet
 def test_metrics_work_in_a_collection(processes):
     samples = processes.make_samples(8)

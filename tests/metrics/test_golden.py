@@ -307,7 +307,12 @@ CASES = [
     Case("GRECMetric", "gRefCOCO `refexp.py`", "default", grec("score>=0.7")),
     Case("GRECMetric", "gRefCOCO `refexp.py`", "`score_threshold=0.5`", grec("score>=0.5", score_threshold=0.5)),
     Case("GRECMetric", "gRefCOCO `refexp.py`", "`score_threshold=0.8`", grec("score>=0.8", score_threshold=0.8)),
-    Case("GRECMetric", "the same with IoU", '`iou_type="iou"`', grec("NOT_official_plain_iou", iou_type="iou")),
+    Case(
+        "GRECMetric",
+        "the same rule with IoU (no released code)",
+        '`iou_type="iou"`',
+        grec("NOT_official_plain_iou", iou_type="iou"),
+    ),
     Case("GRECMetric", f"{IVG} `grefcoco.py`", '`protocol="instancevg"`', grec("instancevg_grec", protocol="instancevg")),
     Case("GRECMetric", f"{IVG} `grefcoco.py`", "second set, three ways", grec_of_instancevg),
     Case("RefZOMMetric", "DMMI `test.py`", "default, also one and many alone", zom(flags=False)),
