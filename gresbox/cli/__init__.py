@@ -7,6 +7,7 @@ One file per family of commands: each adds its parsers with ``add_commands`` and
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -34,9 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.showwarning = _note
             args.run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("gresbox: interrupted; a training goes on from its last checkpoint with --resume.", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
         if args.debug:
             raise

@@ -120,12 +120,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     change = _corruption(args)
     model = load_model(args.checkpoint).to(device)
     side = model.processor.image_size
-    resized, drawn = side_of_scoring(args, side), args.image_size or side
-    dataset = open_dataset(args, args.split, count=args.size, side=drawn, resized=resized, change=change)
+    args.resized = side_of_scoring(args, side)
+    dataset = open_dataset(
+        args, args.split, count=args.size, side=args.image_size or side, resized=args.resized, change=change
+    )
     sweep = _sweep(args)
     scores = evaluate(model, dataset, options, metric=_metric(args, dataset), predictions=args.predictions, sweep=sweep)
-    more = {"checkpoint": args.checkpoint, "corrupt": args.corrupt}
-    _report(args, scores, sweep, more if change is None else {**more, "severity": change.severity}, show=process_rank() == 0)
+    more = {"checkpoint": args.checkpoint, **_said(args, dataset)}
+    if change is not None:
+        more |= {"corrupt": change.name, "severity": change.severity}
+    _report(args, scores, sweep, more, show=process_rank() == 0)
 
 
 def _score(args: argparse.Namespace) -> None:
@@ -133,8 +137,8 @@ def _score(args: argparse.Namespace) -> None:
 
     _check_files(args)
     side = args.image_size or 64
-    resized = side_of_scoring(args, side if args.data == "synthetic" else BENCHMARK_SIDE)
-    dataset = open_dataset(args, args.split, count=args.size, side=side, resized=resized, pictures=False)
+    args.resized = side_of_scoring(args, side if args.data == "synthetic" else BENCHMARK_SIDE)
+    dataset = open_dataset(args, args.split, count=args.size, side=side, resized=args.resized, pictures=False)
     sweep = _sweep(args)
     scores = score_predictions(
         args.predictions,
@@ -144,7 +148,7 @@ def _score(args: argparse.Namespace) -> None:
         sweep=sweep,
         limit=args.limit,
     )
-    _report(args, scores, sweep, {"predictions": str(args.predictions)})
+    _report(args, scores, sweep, {"predictions": str(args.predictions), **_said(args, dataset)})
 
 
 def _check_files(args: argparse.Namespace, *more: Path | None) -> None:
@@ -191,14 +195,29 @@ def _sweep(args: argparse.Namespace) -> Any:
     return ThresholdSweep() if args.sweep else None
 
 
+def _said(args: argparse.Namespace, dataset: Any) -> dict[str, Any]:
+    """What was scored and how, for the JSON file, with the defaults that were taken."""
+    from gresbox.training import default_metric
+
+    name = "synthetic" if args.data == "synthetic" else args.dataset or "grefcoco"
+    return {
+        "data": args.data,
+        "dataset": name,
+        "split": dataset.split,
+        "metric": args.metric or default_metric(dataset),
+        "options": key_values(f"gresbox {args.command}", args.set),
+        "threshold": _threshold(args),
+        "resized": args.resized,
+    }
+
+
 def _report(args: argparse.Namespace, scores: dict[str, float], sweep: Any, more: dict[str, Any], *, show: bool = True) -> None:
     """Print the numbers and write them where they are asked for; a sweep of several processes needs all of them."""
     summary, curves = (None, None) if sweep is None else (sweep.summary(), sweep.compute())
     if not show:
         return
     print(table(scores))
-    said = {name: getattr(args, name) for name in ("data", "dataset", "split", "metric", "resized")}
-    content: dict[str, Any] = {**scores, **more, **said, "threshold": _threshold(args)}
+    content: dict[str, Any] = {**scores, **more}
     if curves is not None:
         print(f"\n{summary}")
         content["sweep"] = {name: _plain(value.tolist()) for name, value in curves.items()}

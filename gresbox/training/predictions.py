@@ -107,8 +107,11 @@ class PredictionWriter:
         try:
             if failed is None:
                 gather_objects(None)  # everybody has written
-                if process_rank() == 0:
-                    write_atomically(self.path, self._join)
+                try:
+                    if process_rank() == 0:
+                        write_atomically(self.path, self._join)
+                finally:
+                    gather_objects(None)  # nobody tidies up before that is read
         finally:
             remove(self._part(process_rank()))
 
@@ -244,7 +247,10 @@ class PredictionFile(Sequence[Answer]):
                 raise ValueError(f"{where} must answer an expression of the data set, got {name}, which it does not have.")
             if line.ref_id not in (None, known[key][0]):
                 raise ValueError(f"{where} must be of ref_id {known[key][0]}, as the data set has it, got {name}.")
-            found[key] = place
+            if found.setdefault(key, place) != place:
+                raise ValueError(
+                    f"{where} must answer another expression than line {self._lines[found[key]].number}, got {name} again."
+                )
         missing = [key for key in keys if key not in found]
         if missing:
             raise ValueError(
@@ -258,7 +264,7 @@ class PredictionFile(Sequence[Answer]):
         with self.path.open("rb") as file:
             for number, text in enumerate(file, 1):
                 if text.strip():
-                    record = _checked_record(f"PredictionFile: line {number} of {self.path}", text)
+                    record = _checked_record(f"PredictionFile: line {number} of {self.path}", text.strip())
                     holds = frozenset(name for name in FIELDS if record.get(name) is not None)
                     yield _Line(number, start, record["sent_id"], record.get("ref_id"), holds)
                 start += len(text)
@@ -276,10 +282,8 @@ class PredictionFile(Sequence[Answer]):
                 )
             earlier = seen.setdefault((line.ref_id, line.sent_id), line.number)
             if earlier != line.number:
-                raise ValueError(
-                    f"PredictionFile: line {line.number} of {self.path} must answer another expression than line {earlier}, got"
-                    f" {_named(line.ref_id, line.sent_id)} again."
-                )
+                where, name = f"PredictionFile: line {line.number} of {self.path}", _named(line.ref_id, line.sent_id)
+                raise ValueError(f"{where} must answer another expression than line {earlier}, got {name} again.")
 
 
 def _named(ref_id: int | None, sent_id: int) -> str:
