@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import torch
 from PIL import Image
 
 from gresbox import cli
+from gresbox.blocks import AlignmentAwareMasking
 from gresbox.data import GRefCOCO
 from gresbox.models import load_model
+from gresbox.training import AlignmentMaskedTraining
 
 SMALL = [
     *("--image-size", "64", "--set", "dim=32", "--set", "num_queries=4", "--set", "num_layers=1", "--set", "pixel_layers=1"),
@@ -83,6 +86,32 @@ def test_synthesize_then_train_on_the_files(tmp_path, capsys):
     assert "6 samples, 2 steps" in capsys.readouterr().out
 
 
+def test_masked_training_is_a_switch(tmp_path):
+    command = ["train", *SMALL, "--max-steps", "2", "--log-every", "1", "--pictures", "0"]
+    assert cli.main([*command, "--aml", "--out", str(tmp_path / "plain")]) == 0
+    options = ["--aml-threshold", "0.9", "--aml-relative", "--aml-drop", "1", "--aml-scale", "3", "--aml-clean-loss", "0.5"]
+    assert cli.main([*command, "--aml", *options, "--aml-block", "16", "--aml-protect-target", "--out", str(tmp_path / "set")]) == 0
+    plain, given = (json.loads((tmp_path / name / "run.json").read_text())["aml"] for name in ("plain", "set"))
+    assert "scale=90.51, threshold=0.4, relative=False, drop=0.25, block=8, " in plain["masking"]
+    assert plain["clean_loss_weight"] == 0
+    assert "scale=3, threshold=0.9, relative=True, drop=1.0, block=16, " in given["masking"]
+    assert given["clean_loss_weight"] == 0.5
+    entries = [json.loads(line) for line in (tmp_path / "set" / "log.jsonl").read_text().splitlines()]
+    assert entries[0]["aml/masked"] > 0
+    assert entries[0]["aml/target_hidden"] == 0  # protected
+
+
+def test_the_help_of_masked_training_names_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    numbers = inspect.signature(AlignmentAwareMasking).parameters
+    weight = inspect.signature(AlignmentMaskedTraining).parameters["clean_loss_weight"].default
+    for name, said in (("threshold", "in [0, 1]"), ("drop", "that is hidden"), ("block", "side of a block")):
+        assert f"{said} (default: {numbers[name].default}" in text
+    assert f"in [0, 1) (default: {weight})" in text
+
+
 def test_folders_are_numbered_and_resumed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ["train", *SMALL, "--max-steps", "1", "--pictures", "0"]
@@ -121,7 +150,10 @@ def test_help_is_quick_and_names_defaults_and_units():
     assert text.endswith("False")
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "predict", "data synthesize", "models", "env"])
+@pytest.mark.parametrize(
+    "command",
+    ["train", "evaluate", "score", "predict", "data synthesize", "data verify", "data convert", "models", "env"],
+)
 def test_every_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([*command.split(), "--help"])
@@ -140,6 +172,15 @@ def test_every_command_has_help(command, capsys):
         ("train --model instalign_swin_tiny --max-steps 1", "`tokenizer` must be set"),
         ("train --init {run} --set dim=4", "must not come with --init"),
         ("train --out {run}", "`out` must be a new folder"),
+        ("train --aml-drop 0.5", "gresbox train: `--aml-drop` must come with --aml."),
+        ("train --aml-relative", "gresbox train: `--aml-relative` must come with --aml."),
+        ("train --aml --aml-drop 2 --max-steps 1", "AlignmentAwareMasking: `drop` must be in [0, 1], got 2.0."),
+        ("train --aml --aml-threshold -1 --max-steps 1", "`threshold` must be in [0, 1], got -1.0."),
+        ("train --aml --aml-block 0 --max-steps 1", "`block` must be"),
+        ("train --aml --aml-clean-loss 1 --max-steps 1", "`clean_loss_weight` must be at least 0 and below 1, got 1.0."),
+        ("train --metric res --max-steps 1", "`metric` must be one of 'gres', 'grec', 'refzom' on the synthetic benchmark"),
+        ("train --dataset refzom", "gresbox train: `--dataset` must come with the folder of a data set as --data."),
+        ("train --threshold 1.5", "`no_target_threshold` must be in [0, 1], got 1.5."),
         ("train --threads 0", "`--threads` must be at least 1, got 0."),
         ("train --batch 5 --accumulate 2", "`batch` must be a multiple of processes x accumulate = 1 x 2, got 5."),
         ("evaluate --checkpoint nowhere", "no folder nowhere"),
@@ -178,6 +219,12 @@ def test_a_wrong_argument_is_one_line(command, capsys):
     assert line.startswith("gresbox")
     assert "error: " in line
     assert "--help" in line
+
+
+def test_the_module_is_the_command():
+    command = [sys.executable, "-m", "gresbox.cli", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    assert "Generalised referring expression segmentation" in result.stdout
 
 
 def test_debug_shows_the_traceback():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.data import Subset
 from gresbox.data import Resize, SyntheticGRES
 from gresbox.data.catalogue import BENCHMARKS
 from gresbox.metrics import GRECMetric, GRESMetric, RefZOMMetric, RESMetric, RRefCOCOMetric, ThresholdSweep, gres_metrics
+from gresbox.models import create_model
 from gresbox.structures import GresSample, GresTarget
 from gresbox.training import (
     Answer,
@@ -288,14 +290,14 @@ def test_a_file_without_what_is_read(tmp_path, case):
     assert expected in str(caught.value)
 
 
-@pytest.mark.parametrize("metric", [None, "gres", "refzom", "grec"])
+@pytest.mark.parametrize("metric", [None, "gres", "refzom"])
 @pytest.mark.parametrize("resized", [False, True])
 def test_evaluation_and_its_file_agree_to_the_last_bit(tiny, tmp_path, metric, resized):
     data, model = SyntheticGRES("val", 20, seed=3, image_size=96), tiny.tiny_model()  # the model's square is 64
     path, threshold = tmp_path / "p.jsonl", 0.54  # in the middle of what this model says
-    options = EvaluationOptions(batch=8, resized=resized, no_target_threshold=threshold, metric=metric)
+    options = EvaluationOptions(batch=8, resized=resized, no_target_threshold=threshold)
     sweeps = [ThresholdSweep(), ThresholdSweep()] if metric is None else [None, None]
-    scores = evaluate(model, data, options, predictions=path, sweep=sweeps[0])
+    scores = evaluate(model, data, options, metric=metric, predictions=path, sweep=sweeps[0])
     assert len({answer.no_target > threshold for answer in PredictionFile(path)}) == 2
     truth = SyntheticGRES("val", 20, seed=3, image_size=96, transform=Resize(64) if resized else None)
     again = score_predictions(path, truth, metric=metric, no_target_threshold=threshold, sweep=sweeps[1])
@@ -303,3 +305,38 @@ def test_evaluation_and_its_file_agree_to_the_last_bit(tiny, tmp_path, metric, r
     if metric is None:
         first, second = (sweep.compute() for sweep in sweeps)
         assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Sure(torch.nn.Module):
+    """A model with surer queries."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.processor, self.postprocess = model, model.processor, model.postprocess
+
+    def forward(self, *args, **options):
+        output = self.model(*args, **options)
+        return replace(output, instances=replace(output.instances, score_logits=output.instances.score_logits + 4.5))
+
+
+@pytest.mark.parametrize("name", ["instalign", "igvg"])
+def test_boxes_of_an_evaluation_and_of_its_file_agree(tiny, tmp_path, name):
+    torch.manual_seed(0)
+    model = Sure(tiny.tiny_model()) if name == "instalign" else create_model("igvg_tiny")
+    data, path = SyntheticGRES("val", 20, seed=3, image_size=96), tmp_path / "p.jsonl"
+    options = EvaluationOptions(no_target_threshold=None)
+    evaluate(model, data, options, metric="grec", predictions=path)
+    level = sorted(float(answer.scores.max()) for answer in PredictionFile(path))[10]
+    metric = make_metric("grec", score_threshold=level, overlap_threshold=-0.5)
+    scores = evaluate(model, data, options, metric=metric, predictions=path)
+    assert 0 < scores["T_acc"] < 100
+    assert scores == score_predictions(path, data, metric=metric, no_target_threshold=None)
+    assert min(float(answer.scores.min()) for answer in PredictionFile(path)) < level  # a lower threshold can be asked for later
+
+
+def test_a_model_without_boxes():
+    model, data = create_model("caris_tiny"), SyntheticGRES("val", 2)
+    with pytest.raises(ValueError, match="evaluate: `metric` must not be 'grec' for Caris, which predicts no boxes"):
+        evaluate(model, data, EvaluationOptions(metric="grec"))
+    scores = evaluate(model, data)
+    assert {"gIoU", "mIoU", "oIoU"} <= scores.keys()
