@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gresbox._checks import check_range, check_shape
+from gresbox.blocks.position import sine_position
 
 __all__ = ["PixelWordFusion"]
 
@@ -24,13 +25,15 @@ class PixelWordFusion(nn.Module):
     Args:
         dim: Channels ``C`` of the feature map.
         text_dim: Channels of the tokens.
+        position: Add a sine table to the features that words are compared with and gate, so that "on the left" can be told from the
+            first step on; ``dim`` must then be a multiple of 4. LAVT's pretrained backbone brings places along.
 
     Shape:
         - ``features``: ``(B, C, H, W)``; ``tokens``: ``(B, L, text_dim)``; ``valid``: ``(B, L)`` True on real tokens.
         - returns ``(B, C, H, W)``; without a valid token the features come back with a gate of what nothing says.
 
     Raises:
-        ValueError: If a size is below 1 or a shape does not fit.
+        ValueError: If a size is below 1, ``dim`` does not fit ``position``, or a shape does not fit.
 
     Example:
         >>> import torch
@@ -38,10 +41,13 @@ class PixelWordFusion(nn.Module):
         torch.Size([2, 8, 4, 4])
     """
 
-    def __init__(self, dim: int, text_dim: int) -> None:
+    def __init__(self, dim: int, text_dim: int, *, position: bool = False) -> None:
         super().__init__()
         check_range("PixelWordFusion", "dim", dim, 1)
         check_range("PixelWordFusion", "text_dim", text_dim, 1)
+        if position and dim % 4:
+            raise ValueError(f"PixelWordFusion: `dim` must be a multiple of 4 with position=True, got {dim}.")
+        self.position = position
         self.q_proj, self.m_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.k_proj, self.v_proj = nn.Linear(text_dim, dim), nn.Linear(text_dim, dim)
         self.w_proj, self.out_proj = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -49,7 +55,11 @@ class PixelWordFusion(nn.Module):
 
     def forward(self, features: Tensor, tokens: Tensor, valid: Tensor | None = None) -> Tensor:
         check_shape("PixelWordFusion", features=(features, "B C H W"), tokens=(tokens, "B L T"))
-        rows = features.flatten(2).transpose(1, 2)  # (B, P, C)
+        placed = features
+        if self.position:
+            height, width = features.shape[-2:]
+            placed = features + sine_position(height, width, features.shape[1], device=features.device, dtype=features.dtype)
+        rows = placed.flatten(2).transpose(1, 2)  # (B, P, C)
         if valid is not None:
             check_shape("PixelWordFusion", tokens=(tokens, "B L T"), valid=(valid, "B L"))
             tokens = tokens.masked_fill(~valid.bool()[..., None], 0.0)

@@ -63,3 +63,15 @@ def test_wrong_inputs_are_one_clear_line():
         PixelWordFusion(0, 6)
     with pytest.raises(ValueError, match=r"PixelWordFusion: `valid` must be \(B, L\)"):
         PixelWordFusion(8, 6).double()(features, tokens, torch.ones(2, 4))
+
+
+def test_places_tell_equal_pixels_apart():
+    _, tokens = inputs()
+    features = torch.ones(2, 8, 3, 4, dtype=torch.float64)
+    torch.manual_seed(0)
+    plain, placed = (PixelWordFusion(8, 6, position=position).double() for position in (False, True))
+    placed.load_state_dict(plain.state_dict())
+    assert torch.equal(plain(features, tokens)[..., 0, 0], plain(features, tokens)[..., 2, 3])
+    assert not torch.allclose(placed(features, tokens)[..., 0, 0], placed(features, tokens)[..., 2, 3])
+    with pytest.raises(ValueError, match=r"PixelWordFusion: `dim` must be a multiple of 4 with position=True, got 6\."):
+        PixelWordFusion(6, 6, position=True)
