@@ -121,9 +121,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     model = load_model(args.checkpoint).to(device)
     side = model.processor.image_size
     args.resized = side_of_scoring(args, side)
-    dataset = open_dataset(
-        args, args.split, count=args.size, side=args.image_size or side, resized=args.resized, change=change
-    )
+    dataset = open_dataset(args, args.split, count=args.size, side=args.image_size or side, resized=args.resized, change=change)
     sweep = _sweep(args)
     scores = evaluate(model, dataset, options, metric=_metric(args, dataset), predictions=args.predictions, sweep=sweep)
     more = {"checkpoint": args.checkpoint, **_said(args, dataset)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from gresbox._checks import check_choice, check_range
 from gresbox.data import SyntheticGRES
 from gresbox.metrics import GRECMetric, GRESMetric, RefZOMMetric, RESMetric, RRefCOCOMetric, ThresholdSweep
+from gresbox.training.annotated_boxes import read_annotated_boxes
 from gresbox.training.batches import Truth, truth_of
 from gresbox.training.predictions import Answer, PredictionFile
 from gresbox.training.processes import gather_objects
@@ -96,6 +97,9 @@ class Scorer:
     the others the mask is empty and no box is left. Without a probability, or without a threshold, the metric decides by its own
     rule, from the mask or the boxes.
 
+    Boxes are compared with those that the benchmark's files give (``bbox``) or, where there are none, with the tight boxes of the
+    true masks.
+
     Without a metric the data's own is taken. Where that is gRefCOCO's and the answers have no probability, as those of models for
     referring segmentation with one target, the numbers of :class:`gresbox.metrics.RESMetric` over the expressions with a target
     stand beside it; ``Pr@0.7`` to ``Pr@0.9`` are the same in both.
@@ -134,6 +138,7 @@ class Scorer:
         for part in (self.metric, self.sweep):
             if part is not None:
                 part.reset()
+        self.boxes = read_annotated_boxes(_whole(dataset)) if self.reads_boxes else {}
         self.samples, self.empty, self.one_target = 0, 0, False
 
     @property
@@ -149,6 +154,7 @@ class Scorer:
             truths: One per answer.
             places: Each expression's index in the data set; one that comes again does not count again.
         """
+        truths = [_annotated(truth, self.boxes.get(truth.ref_id)) for truth in truths]
         batch = _Batch(answers, truths, places, _nothing(answers, self.threshold), self.device)
         _feed(self.metric, batch)
         if self.beside is not None and batch.nothing is None:
@@ -345,10 +351,24 @@ _FEEDS: dict[type[Any], Callable[[Any, _Batch], None]] = {
 }
 
 
+def _whole(dataset: Any) -> Any:
+    """What a subset is a subset of."""
+    while not hasattr(dataset, "benchmark") and hasattr(dataset, "dataset"):
+        dataset = dataset.dataset
+    return dataset
+
+
+def _annotated(truth: Truth, boxes: Tensor | None) -> Truth:
+    """The truth with the benchmark's own boxes, if it has any."""
+    if boxes is None or truth.no_target:
+        return truth
+    height, width = truth.mask.shape
+    return truth._replace(boxes_xyxy=(boxes * torch.tensor([width, height, width, height])).float())
+
+
 def _metrics_of(dataset: Any) -> tuple[str, tuple[str, ...]]:
     """What a data set is called, its own metric, and others that its expressions can answer."""
-    while not hasattr(dataset, "benchmark") and hasattr(dataset, "dataset"):  # a subset
-        dataset = dataset.dataset
+    dataset = _whole(dataset)
     if isinstance(dataset, SyntheticGRES):
         return "the synthetic benchmark", ("gres", "grec", "refzom")
     benchmark = getattr(dataset, "benchmark", None)
