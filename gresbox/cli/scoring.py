@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def add_commands(commands: Any) -> None:
     _add_split(parser)
     add_scoring_options(parser)
     _add_numbers(parser)
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def _add_split(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +148,7 @@ def _score(args: argparse.Namespace) -> None:
         no_target_threshold=_threshold(args),
         sweep=sweep,
         limit=args.limit,
+        progress=not args.quiet and sys.stderr.isatty() and find_spec("tqdm") is not None,
     )
     _report(args, scores, sweep, {"predictions": str(args.predictions), **_said(args, dataset)})
 

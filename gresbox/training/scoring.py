@@ -18,6 +18,7 @@ from gresbox.training.annotated_boxes import read_annotated_boxes
 from gresbox.training.batches import Truth, truth_of
 from gresbox.training.predictions import Answer, PredictionFile
 from gresbox.training.processes import gather_objects
+from gresbox.training.records import progress_bar
 
 __all__ = ["METRICS", "Scorer", "check_metric", "default_metric", "make_metric", "score_predictions"]
 
@@ -187,6 +188,7 @@ def score_predictions(
     no_target_threshold: float | None = 0.5,
     sweep: ThresholdSweep | None = None,
     limit: int | None = None,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Score anyone's predictions with a benchmark's own rules.
 
@@ -200,6 +202,7 @@ def score_predictions(
         no_target_threshold: The answer is "nothing" above this probability; in [0, 1]. None: the metric's own rule decides.
         sweep: Is given the same answers.
         limit: The file answers the first expressions only; None: all.
+        progress: Show a progress bar.
 
     Returns:
         The metric's numbers, in percent, and ``samples`` and ``no_target_share``, the share of no-target samples in percent.
@@ -234,7 +237,8 @@ def score_predictions(
         file.require("mask", "which a sweep of the threshold scores")
     about = [_about(dataset, index) for index in range(total)]
     places = file.places([(one.ref_id, one.sent_id) for one in about])
-    for start in range(0, total, _CHUNK):
+    starts = range(0, total, _CHUNK)
+    for start in progress_bar(iterable=starts, desc="score", unit="batch", leave=False) if progress else starts:
         indices = range(start, min(start + _CHUNK, total))
         truths = [_truth(dataset, index) for index in indices]
         answers = [file.answer(places[index], _size(truth)) for index, truth in zip(indices, truths, strict=True)]

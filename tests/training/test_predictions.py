@@ -76,6 +76,9 @@ def test_both_forms_of_encodings_remarks_and_empty_lines_are_read(tmp_path):
     assert torch.equal(file[1].mask, file[0].mask)
     assert (file[2].mask, tuple(file[2].boxes_xyxy.shape), file[0].boxes_xyxy) == (None, (0, 4), None)
     assert file.places([(9, 3), (8, 1), (8, 2)]) == [2, 0, 1]
+    (tmp_path / "windows.jsonl").write_bytes(file.path.read_bytes().replace(b"\n", b" \r\n"))
+    assert [answer.sent_id for answer in PredictionFile(tmp_path / "windows.jsonl")] == [1, 2, 3]
+    assert torch.equal(PredictionFile(tmp_path / "windows.jsonl")[1].mask, file[1].mask)
 
 
 def test_nothing_is_left_of_a_file_that_was_not_finished(tmp_path):

@@ -299,6 +299,7 @@ def test_evaluation_and_its_file_agree_to_the_last_bit(tiny, tmp_path, metric, r
     sweeps = [ThresholdSweep(), ThresholdSweep()] if metric is None else [None, None]
     scores = evaluate(model, data, options, metric=metric, predictions=path, sweep=sweeps[0])
     assert len({answer.no_target > threshold for answer in PredictionFile(path)}) == 2
+    assert all(answer.mask.any() for answer in PredictionFile(path))  # as predicted, whatever is decided
     truth = SyntheticGRES("val", 20, seed=3, image_size=96, transform=Resize(64) if resized else None)
     again = score_predictions(path, truth, metric=metric, no_target_threshold=threshold, sweep=sweeps[1])
     assert scores == again
