@@ -91,6 +91,8 @@ def test_masked_training_is_a_switch(tmp_path):
     assert cli.main([*command, "--aml", "--out", str(tmp_path / "plain")]) == 0
     options = ["--aml-threshold", "0.9", "--aml-relative", "--aml-drop", "1", "--aml-scale", "3", "--aml-clean-loss", "0.5"]
     assert cli.main([*command, "--aml", *options, "--aml-block", "16", "--aml-protect-target", "--out", str(tmp_path / "set")]) == 0
+    assert cli.main([*command, "--aml", "--aml-drop", "0.5", "--out", str(tmp_path / "drop")]) == 0
+    assert "drop=0.5, block=8, " in (tmp_path / "drop" / "run.json").read_text()  # an eighth of the picture stays an eighth
     plain, given = (json.loads((tmp_path / name / "run.json").read_text())["aml"] for name in ("plain", "set"))
     assert "scale=90.51, threshold=0.4, relative=False, drop=0.25, block=8, " in plain["masking"]
     assert plain["clean_loss_weight"] == 0
@@ -179,6 +181,7 @@ def test_every_command_has_help(command, capsys):
         ("train --aml --aml-block 0 --max-steps 1", "`block` must be"),
         ("train --aml --aml-clean-loss 1 --max-steps 1", "`clean_loss_weight` must be at least 0 and below 1, got 1.0."),
         ("train --metric res --max-steps 1", "`metric` must be one of 'gres', 'grec', 'refzom' on the synthetic benchmark"),
+        ("train --model caris_tiny --metric grec", "evaluate: `metric` must not be 'grec' for Caris, which predicts no boxes."),
         ("train --dataset refzom", "gresbox train: `--dataset` must come with the folder of a data set as --data."),
         ("train --threshold 1.5", "`no_target_threshold` must be in [0, 1], got 1.5."),
         ("train --threads 0", "`--threads` must be at least 1, got 0."),

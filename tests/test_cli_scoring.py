@@ -118,13 +118,13 @@ def test_training_on_a_benchmark_reports_its_own_metric(roots, tmp_path, dataset
     assert "lie" in (tmp_path / "run" / "tokenizer.json").read_text() or dataset != "rrefcoco"  # the training texts' words
 
 
-def truth(root: Path, path: Path, **more: object) -> Path:
+def truth(root: Path, path: Path, size: int | None = None) -> Path:
     """The right answers to gRefCOCO's expressions."""
-    data = GRefCOCO(root, "val", images=False)
+    data = GRefCOCO(root, "val", images=False, size=size)
     with PredictionWriter(path) as writer:
         for index in range(len(data)):
             target = data.target(index)
-            writer.add([Answer(data.info(index).sent_id, target.merged, 0.9 if target.no_target else 0.2, **more)])
+            writer.add([Answer(data.info(index).sent_id, target.merged, 0.9 if target.no_target else 0.2)])
     return path
 
 
@@ -141,6 +141,17 @@ def test_a_sweep_is_printed_drawn_and_written(roots, tmp_path, monkeypatch, caps
     assert (sweep["T_acc"][10], sweep["N_acc"][95]) == (0, 0)
     with Image.open("curves.png") as picture:
         assert picture.width > 300
+
+
+@pytest.mark.parametrize("size", [None, 480])
+def test_the_truth_about_real_photos_scores_full_marks(realdata, tmp_path, size):
+    root, path = realdata / "grefcoco_mini", tmp_path / "p.jsonl"
+    assert cli.main(["data", "verify", str(root)]) == 0
+    command = ["score", "--data", str(root), "--predictions", str(truth(root, path, size)), "--out", str(tmp_path / "s.json")]
+    assert cli.main([*command, *(["--resized"] if size else [])]) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert {scores[name] for name in GRES} == {100.0}
+    assert (scores["samples"], scores["resized"]) == (33, size)
 
 
 @pytest.mark.parametrize(

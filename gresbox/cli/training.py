@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,6 @@ def _train(args: argparse.Namespace) -> None:
 
     from gresbox.training import EvaluationOptions, TrainOptions, train
     from gresbox.training.processes import own_device, process_rank
-    from gresbox.training.scoring import check_metric
 
     own_device(cpu=args.cpu)  # before anything is decided: the processes have to find each other
     use_threads(args)
@@ -111,8 +111,7 @@ def _train(args: argparse.Namespace) -> None:
     drawn = args.image_size or side
     train_set = open_dataset(args, args.train_split, count=args.train_size, side=drawn)
     val_set = open_dataset(args, args.val_split, count=args.val_size, side=drawn, resized=side_of_scoring(args, side))
-    if args.metric is not None:
-        check_metric("gresbox train", args.metric, val_set)  # now, not after the last step
+    _check_evaluation(model, val_set, evaluation)
     out = _run_folder(args)
     if process_rank() == 0:
         steps = options.total_steps(options.applied_to(model.recipe), len(train_set))
@@ -124,6 +123,19 @@ def _train(args: argparse.Namespace) -> None:
     if process_rank() == 0:
         print(table(scores))
         print(f"{out} holds {', '.join(sorted(item.name for item in out.iterdir() if not item.name.startswith('.')))}")
+
+
+def _check_evaluation(model: Any, dataset: Any, options: Any) -> None:
+    """What the evaluation would refuse is refused now, not after the last step."""
+    from gresbox.training import evaluate
+    from gresbox.training.scoring import check_metric
+
+    if options.metric is not None:
+        check_metric("gresbox train", options.metric, dataset)
+    if options.metric == "grec":  # only the model knows whether it has boxes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of one sample not every number is defined
+            evaluate(model, dataset, replace(options, limit=1, workers=0, progress=False))
 
 
 def _model(args: argparse.Namespace) -> Any:

@@ -143,7 +143,7 @@ def _detected(model: Any, output: Any, sizes: Sequence[tuple[int, int]]) -> list
     else:
         found = model.postprocess(output, sizes, no_target_threshold=1.0, score_threshold=_LEAST_SCORE)
     kept = [one.scores > _LEAST_SCORE for one in found]
-    return [(one.boxes_xyxy[keep].float(), one.scores[keep].double()) for one, keep in zip(found, kept, strict=True)]
+    return [(one.boxes_xyxy[keep].float().cpu(), one.scores[keep].double().cpu()) for one, keep in zip(found, kept, strict=True)]
 
 
 @contextmanager
