@@ -102,6 +102,22 @@ def test_output_encode_and_criterion(tiny):
     assert create_model("igvg_tiny", mask_upsample=0).criterion().instance_loss.full_size
 
 
+@pytest.mark.parametrize(("decoder", "sides"), [("points", [16, 8, 4]), ("single_scale", [8]), ("detr", [8])])
+def test_a_decoder_of_one_scale_reads_the_patches_own(decoder, sides):
+    model, read = create_model("igvg_tiny", decoder=decoder).eval(), []
+    model.decoder.register_forward_pre_hook(lambda _, args: read.extend(level.shape[-1] for level in args[2]))
+    model(**model.processor([picture()], TEXTS[:1]))
+    assert read == sides
+
+
+def test_a_distance_weight_of_zero_chooses_the_highest_scores():
+    model = create_model("igvg_tiny", distance_weight=0.0).eval()
+    output = model(**model.processor([picture()], TEXTS[:1]))
+    best = output.extras["minimap"].flatten(1).topk(10).indices
+    cells = (output.points * 8).long()
+    assert set((cells[..., 1] * 8 + cells[..., 0])[0].tolist()) == set(best[0].tolist())
+
+
 def test_points_lie_in_different_cells_and_boxes_in_the_picture(tiny):
     output = tiny(**tiny.processor([picture(), picture(60, 33)], TEXTS[:2]))
     for points in output.points:
@@ -188,6 +204,8 @@ def test_nothing_is_answered_exactly_where_no_query_is_kept(tiny):
     assert [bool(answer.mask.any()) for answer in shy] == [True, False, False]
     loose = tiny.postprocess(output, [(16, 16)] * 3, score_threshold=0.65)
     assert [len(answer.scores) for answer in loose] == [2, 1, 1] and loose[1].no_target_prob < 0.5
+    kept = create_model("igvg_tiny", score_threshold=0.5).postprocess(output, [(16, 16)] * 3)
+    assert [len(answer.scores) for answer in kept] == [2, 2, 2], "the config's threshold"
     for threshold in (0.0, 1.0):
         probabilities = [a.no_target_prob for a in tiny.postprocess(output, [(16, 16)] * 3, score_threshold=threshold)]
         assert all(math.isfinite(p) for p in probabilities) and all((p > 0.5) == (threshold == 1.0) for p in probabilities)
