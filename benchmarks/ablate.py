@@ -150,8 +150,8 @@ def page() -> str:
             f"`instalign_tiny`, level full, {steps} steps of {batch} samples, {samples} validation samples,",
             f"{share:.1f} % of them without a target;",
             f"{len(cells)} cells, seeds {seeds}, {threads} CPU thread(s) a cell, {typical:.0f} s of training in the median.",
-            "The model is the preset's without `fusion_position` and with a weight of 5.5 on samples without target; masks are emptied",
-            "where the answer is \"nothing\", which raises cIoU a little.",
+            "The model is the preset's without `fusion_position` and with a weight of 5.5 on samples without target;",
+            "masks are emptied where the answer is 'nothing', which raises cIoU a little.",
             "Mean ± standard deviation over seeds in percent; in brackets the difference to the default, or an equals sign where",
             "it is smaller than the larger of the two spreads. A short training of a small model on drawn scenes says little about",
             "the paper's numbers on photographs; it says which switches work and what they do here.",
@@ -179,7 +179,7 @@ def plot(path: Path) -> None:
             axes.plot(values, [row] * len(values), ".", color="black", markersize=4)
         axes.set_xlabel(f"{metric} in percent")
         axes.set_yticks(range(len(names)), [VARIANTS[name].title for name in names])
-        axes.invert_yaxis()
+    figure.axes[0].invert_yaxis()  # the two share it
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

@@ -107,7 +107,8 @@ def test_gated_multiplies_parallels_result():
     parallel = ParallelObjectText(16, 4).double()
     parallel.load_state_dict(gated.state_dict())
     queries, tokens, places = inputs()
-    for_queries, for_tokens = parallel._attend(queries, tokens, (queries + places["query_position"], tokens + places["token_position"]), None)
+    placed = queries + places["query_position"], tokens + places["token_position"]
+    for_queries, for_tokens = parallel._attend(queries, tokens, placed, None)
     out = gated(queries, tokens, **places)
     torch.testing.assert_close(out, (gated.query_norm(queries * (1 + for_queries)), gated.token_norm(tokens * (1 + for_tokens))))
 
