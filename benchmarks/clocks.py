@@ -1,0 +1,198 @@
+"""How one call is timed and its memory counted: on the CPU, and on CUDA with cold caches, from a graph, with its waits counted."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLOCKS = ("wall", "graph")
+SHORTEST = 2e-3  # seconds; shorter calls are repeated within a sample on the CPU
+Sample = dict[tuple[str, str], float]
+Run = Callable[..., tuple[list[Tensor], list[Tensor | None]]]
+
+
+class Timer(ABC):
+    """Samples of the time of ``run``, which calls its argument, if it has one, between its forward and its backward pass."""
+
+    graph_failure: str | None = None
+    syncs: int | None = None
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    @staticmethod
+    def of(device: torch.device, run: Run) -> Timer:
+        return CUDATimer(device, run) if device.type == "cuda" else CPUTimer(run)
+
+    @abstractmethod
+    def warm_up(self, quick: bool) -> float:
+        """Run a few times; how long a sample takes."""
+
+    @abstractmethod
+    def sample(self) -> Sample:
+        """Seconds by direction and clock."""
+
+    @abstractmethod
+    def peak_beyond_results(self) -> int:
+        """Bytes that are allocated at most at one time in a run, beyond its results."""
+
+    def close(self) -> None:
+        """Give back what the timer holds."""
+
+
+class CPUTimer(Timer):
+    """Wall time; memory from PyTorch's own record of its allocations (what NumPy and SciPy allocate is not in it)."""
+
+    repeats = 1
+
+    def warm_up(self, quick: bool) -> float:
+        start = took = time.perf_counter()
+        for count in range(1, 2 if quick else 21):
+            took = time.perf_counter()
+            self.run()
+            if count >= 2 and time.perf_counter() - start > 0.3:
+                break
+        once = time.perf_counter() - took
+        self.repeats = max(1, min(100, int(SHORTEST / max(once, 1e-7))))
+        return once * self.repeats
+
+    def sample(self) -> Sample:
+        marks: list[float] = []
+        forward = both = 0.0
+        for _ in range(self.repeats):
+            start = time.perf_counter()
+            result = self.run(lambda: marks.append(time.perf_counter()))
+            end = time.perf_counter()
+            del result
+            both += end - start
+            forward += (marks.pop() if marks else end) - start
+        if both == forward:
+            return {("forward", "wall"): forward / self.repeats}
+        return {
+            ("backward", "wall"): (both - forward) / self.repeats,
+            ("forward+backward", "wall"): both / self.repeats,
+        }
+
+    def peak_beyond_results(self) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            outputs, gradients = self.run()
+        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return max(0, peak - stored_bytes([*outputs, *gradients]))
+
+
+class CUDATimer(Timer):
+    """Wall time with the device idle before and after; time of a replayed graph; both with the second-level cache overwritten."""
+
+    def __init__(self, device: torch.device, run: Run) -> None:
+        super().__init__(run)
+        self.device = device
+        properties = torch.cuda.get_device_properties(device)
+        self.cache = torch.empty(4 * getattr(properties, "L2_cache_size", 64 << 20), dtype=torch.int8, device=device)
+        self.syncs = self._count_syncs()
+        self.graph, self.results = None, None
+
+    def warm_up(self, quick: bool) -> float:
+        for _ in range(3 if quick else 10):
+            self.run()
+        torch.cuda.synchronize(self.device)
+        if self.graph is None and self.graph_failure is None:
+            self._capture()
+        start = time.perf_counter()
+        self.sample()
+        return time.perf_counter() - start
+
+    def sample(self) -> Sample:
+        marks: list[Any] = []
+
+        def between() -> None:
+            marks.append(torch.cuda.Event(enable_timing=True))
+            marks[0].record()
+
+        self._flush()
+        torch.cuda.synchronize(self.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = time.perf_counter()
+        first.record()
+        result = self.run(between)
+        last.record()
+        torch.cuda.synchronize(self.device)
+        wall = time.perf_counter() - start
+        del result
+        if marks:
+            found = {("backward", "wall"): marks[0].elapsed_time(last) / 1e3, ("forward+backward", "wall"): wall}
+        else:
+            found = {("forward", "wall"): wall}
+        if self.graph is not None:
+            self._flush()
+            first.record()
+            self.graph.replay()
+            last.record()
+            torch.cuda.synchronize(self.device)
+            found["forward+backward" if marks else "forward", "graph"] = first.elapsed_time(last) / 1e3
+        return found
+
+    def peak_beyond_results(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        outputs, gradients = self.run()
+        torch.cuda.synchronize(self.device)
+        peak = torch.cuda.max_memory_allocated(self.device) - before
+        return max(0, peak - stored_bytes([*outputs, *gradients]))
+
+    def close(self) -> None:
+        self.graph, self.results, self.cache = None, None, torch.empty(0)
+        torch.cuda.empty_cache()
+
+    def _flush(self) -> None:
+        self.cache.zero_()
+
+    def _count_syncs(self) -> int:
+        """How often one run waits for the device."""
+        self.run()
+        torch.cuda.synchronize(self.device)
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                self.run()
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        return sum("synchronizing CUDA operation" in str(item.message) for item in caught)
+
+    def _capture(self) -> None:
+        if self.syncs:
+            self.graph_failure = f"waits for the device {self.syncs} times"
+            return
+        side = torch.cuda.Stream(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self.results = self.run()  # kept: the graph writes into them
+        except RuntimeError as failure:
+            self.graph_failure = str(failure).strip().splitlines()[0][:200]
+            torch.cuda.synchronize(self.device)
+            return
+        self.graph = graph
+
+
+def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Of the memory behind some tensors, each piece once."""
+    stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
+    return sum(stores.values())

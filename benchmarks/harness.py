@@ -1,0 +1,423 @@
+"""Time forms of one computation against each other: interleaved rounds, per-round ratios, a noise band, an error in every row.
+
+A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<name>.py``. It holds::
+
+    CASES = {"B=8": {"B": 8, "N": 100, "C": 256, "H": 120, "W": 120}, ...}     # name -> sizes (numbers and strings)
+    ON = {"cpu": ("B=1", "B=8"), "cuda": ("B=32", "B=8", "2x", "4x")}          # which cases run where; the first one with --quick
+    DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}            # optional; this is what is left out means
+    DIFFERENTIABLE = ("queries", "pixels")                                     # inputs that get gradients; (): forward only
+
+    def make_inputs(case, device, dtype, generator) -> dict[str, object]:      # random, never zeros; same seed, same values
+    def forms(device) -> dict[str, Callable | Form | str]:                     # device is "cpu" or "cuda"
+        return {
+            "eager": lambda queries, pixels: ...,                              # called as form(**inputs)
+            "eager, compiled": compiled(...),
+            "gresbox": lambda queries, pixels: op(queries, pixels),            # ours begin with "gresbox"
+            "gresbox, compiled": compiled(...),
+            "transformers": missing("transformers") or Form(call, prepare=...),
+            "msda-triton": "needs a GPU",                                      # a reason: named as not run
+        }
+    def reference(**inputs) -> Tensor | tuple[Tensor, ...]:                    # floating-point inputs come in float64
+    def cost(case, itemsize, direction) -> Cost:                               # optional: least work; direction as below
+    TARGETS = [Target("gresbox", "eager", "B=8", "forward", at_least=2.0), Target(..., device="cuda", memory_at_most=0.1)]
+    TOLERANCES = {"float32": 1e-4}                                             # optional: over gresbox.testing.TOLERANCES
+    def error(got, wanted, inputs) -> float:                                   # optional: got, wanted: lists of tensors
+
+Forms whose name begins with "gresbox" are ours; every other form is a peer, and each of ours gets a ratio to each peer: peer's time
+over our time, so above 1 ours is faster. "gresbox" is what a user gets without asking (``backend="auto"``). A form returns what
+``reference`` returns (a ``Form`` with ``read`` may return something else and turn it into that, outside the time). ``forms`` is
+called once per case, so a compiled form is compiled for one case only; imports of peers belong into it.
+
+Directions: "forward" runs without gradients; "forward+backward" takes gradients of all ``DIFFERENTIABLE`` inputs for fixed random
+gradients of the outputs, and "backward" is the second part of the same calls. Every row has the error of its outputs, and of its
+gradients where it has some, against ``reference``: relative in the 2-norm, for integers and booleans the share that differs (which
+must be 0). A form whose error is above the tolerance keeps its row but gets no ratio, unless it says why it ``differs``.
+
+All forms of a case run once per round, in an order that rotates and turns round; a ratio is the median over rounds of the ratio of two
+times of the same round, with its 95 % bootstrap interval. Ours runs twice in each round: the interval of that ratio around 1 is
+the noise band. On CUDA the second-level cache is overwritten before each call; times are wall time (host and waiting included),
+time between events, and replayed from a CUDA graph where the form can be captured.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.clocks import CLOCKS, Timer
+from gresbox.testing import TOLERANCES, relative_error
+
+DIRECTIONS = ("forward", "backward", "forward+backward")
+AGAIN = " (again)"  # the second run of the same code
+DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
+FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError, AttributeError, KeyError)
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way to compute the result.
+
+    Args:
+        call: ``call(**inputs)``; what is timed.
+        prepare: Turns the inputs into those of ``call``, outside the time; None: they are the same.
+        read: Turns what ``call`` returns into what ``reference`` returns, outside the time.
+        backward: Whether it has gradients.
+        differs: Why its result is not the reference's (other points are sampled, say); its error is shown, not judged.
+    """
+
+    call: Callable[..., Any]
+    prepare: Callable[..., Inputs] | None = None
+    read: Callable[[Any], Any] | None = None
+    backward: bool = True
+    differs: str = ""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least work of any implementation: multiplications and additions, bytes to and from memory, bytes from a cache."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    cached_bytes: float = 0.0
+
+    def seconds(self, ceilings: Mapping[str, float], dtype: str) -> float:
+        """The least time that the device's measured ceilings allow."""
+        matmul = ceilings.get(f"matmul_{dtype}_flops", ceilings["matmul_float32_flops"])
+        rates = (self.flops / matmul, self.bytes / ceilings["copy_bytes"], self.cached_bytes / ceilings["gather_bytes"])
+        return max(*rates, ceilings["launch_seconds"])
+
+
+@dataclass(frozen=True)
+class Target:
+    """What must hold of one form in one case; ``peer`` is None for a time alone; ``dtype`` None: the device's first; ``clock`` may be "graph"."""
+
+    form: str
+    peer: str | None
+    case: str
+    direction: str
+    at_least: float | None = None
+    memory_at_most: float | None = None
+    microseconds_at_most: float | None = None
+    syncs_at_most: int | None = None
+    device: str = "cpu"
+    clock: str = "wall"
+    dtype: str | None = None
+
+
+class compiled:  # noqa: N801  reads as a word in a list of forms
+    """The form under ``torch.compile``; compiled at its first call, afresh for each case."""
+
+    def __init__(self, call: Callable[..., Any], **options: Any) -> None:
+        self.call, self.options, self.made = call, {"dynamic": False, **options}, None
+
+    def __call__(self, **inputs: Any) -> Any:
+        if self.made is None:
+            torch._dynamo.reset()
+            self.made = torch.compile(self.call, **self.options)
+        return self.made(**inputs)
+
+
+def missing(package: str, at_least: str = "") -> str | None:
+    """Why a package cannot be used, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version(package)
+    except PackageNotFoundError:
+        return f"{package} is not installed"
+    numbers = [tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit()) for text in (found, at_least)]
+    return f"{package} {found} is older than {at_least}" if numbers[0] < numbers[1] else None
+
+
+def measure(
+    module: ModuleType,
+    case: str,
+    dtype: str,
+    device: torch.device,
+    *,
+    peers: Sequence[str] = (),
+    seconds: float = 3.0,
+    quick: bool = False,
+    ceilings: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """All directions of one case: groups as ``benchmarks/results`` keeps them, one per direction.
+
+    Args:
+        module: In the form above.
+        case: Its name in ``CASES``.
+        dtype: Name of the inputs' dtype.
+        device: Where it runs.
+        peers: Only these forms beside ours; empty: all.
+        seconds: Time to spend on the rounds of a direction; never fewer than 7 rounds (3 with ``quick``).
+        quick: A few rounds, to see whether it runs.
+        ceilings: Of :func:`benchmarks.ceilings.measure_ceilings`; None: no share of them is given.
+    """
+    scene = Scene(module, case, dtype, device)
+    usable, not_run = scene.usable(peers)
+    found = []
+    for backward in (False, True) if module.DIFFERENTIABLE else (False,):
+        runners, left_out = scene.check(usable, backward)
+        rounds = run_rounds(runners, device, seconds, quick)
+        for direction in DIRECTIONS[1:] if backward else DIRECTIONS[:1]:
+            found.append(scene.group(direction, runners, rounds, not_run | left_out, ceilings or {}))
+        for runner in runners:
+            runner.close()
+    return found
+
+
+class Scene:
+    """One case: its inputs, what is wanted of every form, and the forms."""
+
+    def __init__(self, module: ModuleType, case: str, dtype: str, device: torch.device) -> None:
+        self.module, self.case, self.dtype, self.device = module, case, dtype, device
+        kind = getattr(torch, dtype)
+        generator = torch.Generator(device).manual_seed(0)
+        self.inputs: Inputs = module.make_inputs(module.CASES[case], device, kind, generator)
+        unknown = set(module.DIFFERENTIABLE) - set(self.inputs)
+        if unknown:
+            raise ValueError(f"{module.__name__}: DIFFERENTIABLE names {sorted(unknown)}, which make_inputs does not give.")
+        own = getattr(module, "TOLERANCES", {})
+        self.tolerance: float = own.get(dtype, TOLERANCES[kind])
+        exact = {name: _in_double(value) for name, value in self.inputs.items()}
+        leaves = [exact[name].requires_grad_() for name in module.DIFFERENTIABLE]
+        outputs = as_list(module.reference(**exact))
+        generator = torch.Generator(device).manual_seed(1)
+        self.weights = [
+            torch.randn(out.shape, generator=generator, device=device).to(kind) if out.requires_grad else None for out in outputs
+        ]
+        self.wanted = [out.detach() for out in outputs]
+        self.wanted_gradients = take_gradients(outputs, self.weights, leaves) if leaves else []
+
+    def usable(self, peers: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
+        """The forms that can run, and why the others cannot."""
+        usable: dict[str, Form] = {}
+        not_run: dict[str, str] = {}
+        for name, form in self.module.forms(self.device.type).items():
+            if peers and name not in peers and not is_ours(name):
+                continue
+            if isinstance(form, str):
+                not_run[name] = form
+            else:
+                usable[name] = form if isinstance(form, Form) else Form(form)
+        return usable, not_run
+
+    def check(self, forms: Mapping[str, Form], backward: bool) -> tuple[list[Runner], dict[str, str]]:
+        """Run each form once; those that work, with the errors of their results, and why the others do not."""
+        runners: list[Runner] = []
+        left_out: dict[str, str] = {}
+        for name, form in forms.items():
+            if backward and not form.backward:
+                left_out[name] = "has no gradients"
+                continue
+            try:
+                runner = Runner(name, form, self, backward)
+            except FAILURES as failure:
+                reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
+                if is_ours(name):
+                    raise RuntimeError(f"{self.module.__name__}, {self.case}: {name} fails: {reason}") from failure
+                left_out[name] = f"fails: {reason[:200]}"
+                continue
+            runners.append(runner)
+        return runners, left_out
+
+    def group(
+        self, direction: str, runners: list[Runner], rounds: Rounds, not_run: dict[str, str], ceilings: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """The rows of one direction."""
+        itemsize = getattr(torch, self.dtype).itemsize
+        cost = self.module.cost(self.module.CASES[self.case], itemsize, direction) if hasattr(self.module, "cost") else None
+        rows = []
+        for runner in runners:
+            row = runner.row(direction) | rounds.summary(runner.name, direction)
+            if cost is not None and ceilings and row["right"]:
+                row["roofline"] = round(1e3 * cost.seconds(ceilings, self.dtype) / (row["graph_ms"] or row["ms"]), 4)
+            if is_ours(runner.name):
+                judged = [other.name for other in runners if not is_ours(other.name) and (other.right or other.form.differs)]
+                for clock in CLOCKS:
+                    row[f"{clock}_ratios"] = rounds.ratios(runner.name, judged, direction, clock) if runner.right else {}
+            rows.append(row)
+        return {
+            "case": self.case,
+            "sizes": dict(self.module.CASES[self.case]),
+            "dtype": self.dtype,
+            "direction": direction,
+            "tolerance": self.tolerance,
+            "rounds": rounds.count,
+            "noise_band": rounds.noise_band(direction),
+            "cost": None if cost is None else {"flops": cost.flops, "bytes": cost.bytes, "cached_bytes": cost.cached_bytes},
+            "rows": rows,
+            "not_run": not_run,
+        }
+
+
+class Runner:
+    """One form, ready to run again and again on the case's inputs; made by running it once and checking the results."""
+
+    def __init__(self, name: str, form: Form, scene: Scene, backward: bool) -> None:
+        self.name, self.form, self.backward, self.weights = name, form, backward, scene.weights
+        leaves = {n: scene.inputs[n].detach().requires_grad_() for n in scene.module.DIFFERENTIABLE} if backward else {}
+        self.inputs, self.leaves = scene.inputs | leaves, list(leaves.values())
+        if form.prepare is not None:
+            with torch.no_grad():
+                self.inputs = form.prepare(**self.inputs)
+        outputs, gradients = self.run()
+        if len(outputs) != len(scene.wanted):
+            raise ValueError(f"{len(outputs)} outputs, the reference has {len(scene.wanted)}")
+        measure_error = getattr(scene.module, "error", None)
+        shown = [out.detach() for out in outputs]
+        self.error = measure_error(shown, scene.wanted, scene.inputs) if measure_error else largest_error(shown, scene.wanted)
+        self.error_gradients = largest_error(gradients, scene.wanted_gradients) if backward else None
+        self.right = max(self.error, self.error_gradients or 0.0) <= scene.tolerance and not form.differs
+        del outputs, gradients, shown
+        self.timer = Timer.of(scene.device, self.run)
+        self.extra_bytes = self.timer.peak_beyond_results()
+
+    def run(self, between: Callable[[], None] | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Outputs and gradients; ``between`` is called between the two passes."""
+        if not self.backward:
+            with torch.no_grad():
+                made = self.form.call(**self.inputs)
+                return as_list(made if self.form.read is None or between is not None else self.form.read(made)), []
+        made = self.form.call(**self.inputs)
+        outputs = as_list(made if self.form.read is None else self.form.read(made))
+        if between is not None:
+            between()
+        return outputs, take_gradients(outputs, self.weights, self.leaves)
+
+    def row(self, direction: str) -> dict[str, Any]:
+        return {
+            "form": self.name,
+            "error": self.error,
+            "error_gradients": self.error_gradients,
+            "right": self.right,
+            "differs": self.form.differs,
+            "extra_bytes": None if direction == "backward" else self.extra_bytes,
+            "graph_failure": self.timer.graph_failure,
+            "syncs": self.timer.syncs,
+            "roofline": None,
+        }
+
+    def close(self) -> None:
+        self.timer.close()
+
+
+class Rounds:
+    """The times of all rounds: ``times[name][direction, clock]`` is a list with one number per round, in seconds."""
+
+    def __init__(self, names: Sequence[str], again: str | None) -> None:
+        self.times: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in names}
+        self.again, self.count = again, 0
+
+    def add(self, name: str, sample: Mapping[tuple[str, str], float]) -> None:
+        for key, value in sample.items():
+            self.times[name].setdefault(key, []).append(value)
+
+    def summary(self, name: str, direction: str) -> dict[str, float | None]:
+        times = self.times[name][direction, "wall"]
+        graph = self.times[name].get((direction, "graph"))
+        low, middle, high = quantile(times, 0.2), statistics.median(times), quantile(times, 0.8)
+        return {
+            "ms": _milliseconds(middle),
+            "ms_low": _milliseconds(low),
+            "ms_high": _milliseconds(high),
+            "graph_ms": _milliseconds(statistics.median(graph)) if graph else None,
+        }
+
+    def ratios(self, ours: str, peers: Sequence[str], direction: str, clock: str) -> dict[str, dict[str, float]]:
+        key = direction, clock
+        if key not in self.times[ours]:
+            return {}
+        found = {}
+        for peer in peers:
+            if key in self.times[peer]:
+                shares = [b / a for a, b in zip(self.times[ours][key], self.times[peer][key], strict=True)]
+                low, high = median_interval(shares)
+                found[peer] = {"ratio": round(statistics.median(shares), 4), "low": round(low, 4), "high": round(high, 4)}
+        return found
+
+    def noise_band(self, direction: str) -> float | None:
+        """How far from 1 the ratio of two runs of the same code may be."""
+        if self.again is None:
+            return None
+        key = direction, "wall"
+        pairs = zip(self.times[self.again][key], self.times[self.again + AGAIN][key], strict=True)
+        low, high = median_interval([a / b for a, b in pairs])
+        return round(max(high - 1, 1 - low), 4)
+
+
+def run_rounds(runners: Sequence[Runner], device: torch.device, seconds: float, quick: bool) -> Rounds:
+    """Time all forms in turn, round by round; ours twice."""
+    ours = next((runner.name for runner in runners if is_ours(runner.name)), runners[0].name if runners else None)
+    entries = [(runner.name, runner) for runner in runners]
+    entries += [(runner.name + AGAIN, runner) for runner in runners if runner.name == ours]
+    rounds = Rounds([name for name, _ in entries], ours)
+    took = sum(runner.timer.warm_up(quick) for _, runner in entries)
+    rounds.count = 3 if quick else max(7, min(40, int(seconds / max(took, 1e-9))))
+    gc.collect()
+    gc.disable()  # a collection in the middle of one form's time is not that form's
+    try:
+        for index in range(rounds.count):
+            turned = entries[index % len(entries) :] + entries[: index % len(entries)]
+            for name, runner in turned if index % 2 else turned[::-1]:
+                rounds.add(name, runner.timer.sample())
+    finally:
+        gc.enable()
+    return rounds
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith("gresbox")
+
+
+def as_list(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def take_gradients(outputs: Sequence[Tensor], weights: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradients of the leaves for the outputs' gradients ``weights``; None where an output has none."""
+    pairs = [(out, weight.to(out.dtype)) for out, weight in zip(outputs, weights, strict=True) if weight is not None]
+    chosen, gradients = [out for out, _ in pairs], [weight for _, weight in pairs]
+    return list(torch.autograd.grad(chosen, list(leaves), gradients, allow_unused=True))
+
+
+def largest_error(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> float:
+    """Relative error in the 2-norm, for integers and booleans the share that differs; no gradient counts as zeros."""
+    errors = [0.0]
+    for out, ref in zip(got, wanted, strict=True):
+        if ref is None or out is None:
+            other = ref if out is None else out
+            errors.append(0.0 if other is None or not other.any() else 1.0)
+        elif ref.is_floating_point():
+            errors.append(relative_error(out, ref))
+        else:
+            errors.append((out != ref).double().mean().item() if ref.numel() else 0.0)
+    return max(errors)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def median_interval(values: Sequence[float], draws: int = 400) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median; the same numbers for the same values."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
+    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
+
+
+def _milliseconds(value: float) -> float:
+    return float(f"{1e3 * value:.4g}")
+
+
+def _in_double(value: Any) -> Any:
+    return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
