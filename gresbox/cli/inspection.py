@@ -43,7 +43,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
 
     from gresbox import __version__
-    from gresbox.ops._backend import why_not_triton
+    from gresbox.ops._backend import ADAPTERS, why_not_adapter, why_not_triton
 
     print(f"gresbox {__version__}, Python {platform.python_version()}, {platform.platform()}")
     names = "torch torchvision numpy scipy timm transformers tokenizers torchmetrics safetensors huggingface_hub accelerate"
@@ -56,7 +56,10 @@ def _env(args: argparse.Namespace) -> None:
     for index in range(torch.cuda.device_count()):
         print(f"GPU {index}: {torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}")
     reason = why_not_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
-    print("Triton: " + ("usable; no operation has a kernel yet" if reason is None else f"not used, {reason}"))
+    print("Triton: " + ("usable" if reason is None else f"not used, {reason}"))
+    for name in ADAPTERS:
+        missing = why_not_adapter(name)
+        print(f"backend={name!r}: " + ("usable on CUDA" if missing is None else missing))
 
 
 def _count(module: Any) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gresbox.ops._pixel_chunks import chunks_of
-from gresbox.ops._precision import no_autocast
+from gresbox.ops._register import Forms, define_op
 
-__all__ = ["FORMS", "SELECT_NOTHING", "SMALLEST", "aggregate_factored"]
+__all__ = ["FORMS", "SELECT_NOTHING", "SMALLEST", "aggregate_factored", "merge_chunks", "unmerge_chunks"]
 
 FORMS = ("prelu", "noisy_or", "select")
 SELECT_NOTHING = -10.0  # merged logit of "select" where no query is selected
@@ -20,12 +21,7 @@ SMALLEST = 1e-30  # scores below count as this in "noisy_or": its logarithm and 
 _Gradients = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op(
-    "gresbox::aggregate_queries",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor pixels, Tensor scores, Tensor? slope, str form, int chunk) -> Tensor",
-)
-def aggregate_factored(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int) -> Tensor:
+def merge_chunks(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int) -> Tensor:
     """Merged logits ``(B, H, W)`` in the widest of float32 and the inputs' dtypes."""
     query, features, score, factor = _prepare(queries, pixels, scores, slope)
     merged = query.new_empty((features.shape[0], features.shape[2]))
@@ -35,18 +31,11 @@ def aggregate_factored(queries: Tensor, pixels: Tensor, scores: Tensor, slope: T
     return merged.view(pixels.shape[0], *pixels.shape[2:])
 
 
-@aggregate_factored.register_fake
 def _fake(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int) -> Tensor:
     return pixels.new_empty((pixels.shape[0], *pixels.shape[2:]), dtype=_wide(queries, pixels, scores))
 
 
-@torch.library.custom_op(
-    "gresbox::aggregate_queries_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor queries, Tensor pixels, Tensor scores, Tensor? slope, str form, int chunk, bool needs_pixels)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(
+def unmerge_chunks(
     grad: Tensor,
     queries: Tensor,
     pixels: Tensor,
@@ -54,68 +43,28 @@ def _backward(
     slope: Tensor | None,
     form: str,
     chunk: int,
-    needs_pixels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of queries, pixels, scores and slope; each chunk's masks are built again."""
     query, features, score, factor = _prepare(queries, pixels, scores, slope)
     grad = grad.flatten(1)
     grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
     grad_factor = torch.zeros_like(score)  # per query, summed at the end where there is one slope
-    grad_pixels = pixels.new_empty(features.shape if needs_pixels else (0,))
-    with no_autocast(queries):  # a backward pass may be called under autocast
-        for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
-            feature = features[:, :, part].to(query.dtype)
-            grad_masks, part_score, part_factor = _unmerge(query @ feature, score, factor, grad[:, part], form)
-            grad_query += grad_masks @ feature.mT
-            grad_score += part_score
-            grad_factor += part_factor
-            if needs_pixels:
-                grad_pixels[:, :, part] = query.mT @ grad_masks
-    if needs_pixels:
+    grad_pixels = pixels.new_empty(features.shape) if needs[1] else None
+    for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
+        feature = features[:, :, part].to(query.dtype)
+        grad_masks, part_score, part_factor = _unmerge(query @ feature, score, factor, grad[:, part], form)
+        grad_query += grad_masks @ feature.mT
+        grad_score += part_score
+        grad_factor += part_factor
+        if grad_pixels is not None:
+            grad_pixels[:, :, part] = query.mT @ grad_masks
+    if grad_pixels is not None:
         grad_pixels = grad_pixels.view(pixels.shape)
-    if slope is None:
-        grad_slope = query.new_empty((0,))
-    else:
+    grad_slope = None
+    if slope is not None:
         grad_slope = (grad_factor.sum() if slope.ndim == 0 else grad_factor.sum(0)).to(slope.dtype)
     return grad_query.to(queries.dtype), grad_pixels, grad_score.to(scores.dtype), grad_slope
-
-
-@_backward.register_fake
-def _backward_fake(
-    grad: Tensor,
-    queries: Tensor,
-    pixels: Tensor,
-    scores: Tensor,
-    slope: Tensor | None,
-    form: str,
-    chunk: int,
-    needs_pixels: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_slope = queries.new_empty((0,), dtype=_wide(queries, pixels, scores)) if slope is None else slope.new_empty(slope.shape)
-    grad_pixels = pixels.new_empty(pixels.shape if needs_pixels else (0,))
-    return queries.new_empty(queries.shape), grad_pixels, scores.new_empty(scores.shape), grad_slope
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    queries, pixels, scores, slope, ctx.form, ctx.chunk = inputs
-    ctx.save_for_backward(queries, pixels, scores, slope)
-
-
-def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
-    queries, pixels, scores, slope = ctx.saved_tensors
-    needs_pixels = ctx.needs_input_grad[1]
-    gradients = _backward(grad, queries, pixels, scores, slope, ctx.form, ctx.chunk, needs_pixels)
-    grad_query, grad_pixels, grad_score, grad_slope = gradients
-    return (
-        grad_query,
-        grad_pixels if needs_pixels else None,
-        None if ctx.form == "select" else grad_score,
-        None if slope is None else grad_slope,
-        None,
-        None,
-    )
-
-
-aggregate_factored.register_autograd(_differentiate, setup_context=_setup_context)
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -196,3 +145,12 @@ def _unmerge_noisy_or(masks: Tensor, scores: Tensor, grad: Tensor) -> tuple[Tens
     to_score = torch.where((scores < 1)[..., None], (-rest - log_total).exp(), share)
     grad_scores = (to_score @ grad[..., None])[..., 0]
     return grad_masks, torch.where(scores >= SMALLEST, grad_scores, 0)
+
+
+aggregate_factored = define_op(
+    "aggregate_queries(Tensor queries, Tensor pixels, Tensor scores, Tensor? slope, str form, int chunk) -> Tensor",
+    fake=_fake,
+    forward=Forms(merge_chunks),
+    backward=Forms(unmerge_chunks),
+    differentiable=("queries", "pixels", "scores", "slope"),
+)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gresbox.ops import aggregate_masks, aggregate_queries, mask_dice
-from gresbox.ops._aggregation_chunks import _backward, aggregate_factored
+from gresbox.ops._aggregation_chunks import merge_chunks, unmerge_chunks
 from gresbox.testing import assert_matches_reference
 
 FORMS = ["prelu", "noisy_or", "select"]
@@ -89,10 +89,10 @@ def test_no_pass_holds_all_masks(form):
     batch, queries, side = 2, 40, 24
     inputs = (torch.randn(batch, queries, 8), torch.randn(batch, 8, side, side), torch.rand(batch, queries), None, form, 0)
     with _Largest() as largest:
-        merged = aggregate_factored._init_fn(*inputs)
+        merged = merge_chunks(*inputs)
     assert merged.shape == (batch, side, side)
     with _Largest() as largest_backward:
-        _backward._init_fn(merged, *inputs, True)
+        unmerge_chunks(merged, *inputs, [True] * 4)
     everything = batch * queries * side * side
     assert 0 < largest.values <= everything / 4
     assert 0 < largest_backward.values <= everything / 4

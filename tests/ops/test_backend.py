@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -12,29 +15,57 @@ def test_every_reason_against_triton(monkeypatch):
     on_cpu = torch.zeros(1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("GRESBOX_DISABLE_TRITON", raising=False)
-    monkeypatch.setattr(_backend, "has_triton", lambda: False)
+    monkeypatch.setattr(_backend, "_TRITON", None)
     assert _backend.why_not_triton(on_cpu) == "Triton is not installed"
-    monkeypatch.setattr(_backend, "has_triton", lambda: True)
+    monkeypatch.setattr(_backend, "_TRITON", (3, 5))
+    assert _backend.why_not_triton(on_cpu) == "Triton 3.5 is installed and kernels need 3.6 or newer"
+    monkeypatch.setattr(_backend, "_TRITON", (3, 6))
     assert _backend.why_not_triton(on_cpu) == "inputs are on cpu, not on one CUDA device"
     assert _backend.why_not_triton(on_cpu, on_cpu.to("meta")) == "inputs are on cpu and meta, not on one CUDA device"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _backend.why_not_triton(on_cpu) is None
+    assert _backend.why_not_triton(on_cpu.double()) == "some input is float64 and kernels compute in float32"
     assert _backend.use_triton("f", "auto", on_cpu, kernel=True)
+    assert not _backend.use_triton("f", "auto", on_cpu.double(), kernel=True)
     assert not _backend.use_triton("f", "eager", on_cpu, kernel=True)
     assert not _backend.use_triton("f", "auto", on_cpu)
+    assert not _backend.use_triton("f", "auto", on_cpu, kernel="too large")
+    with pytest.raises(RuntimeError, match=r"^f: backend='triton' is not possible here: too large\.$"):
+        _backend.use_triton("f", "triton", on_cpu, kernel="too large")
     monkeypatch.setenv("GRESBOX_DISABLE_TRITON", "1")
     assert _backend.why_not_triton(on_cpu) == "GRESBOX_DISABLE_TRITON is set"
     with pytest.raises(RuntimeError, match=r"^f: backend='triton' is not possible here: GRESBOX_DISABLE_TRITON is set\.$"):
         _backend.use_triton("f", "triton", on_cpu, kernel=True)
 
 
-def test_has_triton_is_whether_it_can_be_imported():
+def test_tritons_version_is_read_without_importing_it():
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError:
         assert not _backend.has_triton()
+        assert _backend._triton_version() is None
     else:
         assert _backend.has_triton()
+        assert _backend._triton_version() == tuple(int(part) for part in triton.__version__.split(".")[:2])
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, gresbox.ops; print('triton' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.strip() == "False"
+
+
+def test_an_adapter_is_asked_for_by_name(monkeypatch):
+    on_cpu = torch.zeros(1)
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: None)
+    message = r"^f: backend='deformops' is not possible here: it needs the package deformops; pip install deformops\.$"
+    with pytest.raises(ImportError, match=message):
+        _backend.use_triton("f", "deformops", on_cpu, adapter="deformops")
+    monkeypatch.setattr(_backend.importlib.util, "find_spec", lambda name: "found")
+    assert not _backend.use_triton("f", "deformops", on_cpu, adapter="deformops")
+    with pytest.raises(ValueError, match=r"^f: `backend` must be one of 'auto', 'eager', 'triton', got 'deformops'\.$"):
+        _backend.use_triton("f", "deformops", on_cpu)
 
 
 def test_an_op_without_a_kernel_says_so():
