@@ -42,7 +42,7 @@ class Timer(ABC):
     def peak_beyond_results(self) -> int:
         """Bytes that are allocated at most at one time in a run, beyond its results."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  most hold nothing
         """Give back what the timer holds."""
 
 
@@ -50,15 +50,16 @@ class CPUTimer(Timer):
     """Wall time; memory from PyTorch's own record of its allocations (what NumPy and SciPy allocate is not in it)."""
 
     repeats = 1
+    now: Callable[[], float] = staticmethod(time.perf_counter)
 
     def warm_up(self, quick: bool) -> float:
-        start = took = time.perf_counter()
+        start = took = self.now()
         for count in range(1, 2 if quick else 21):
-            took = time.perf_counter()
+            took = self.now()
             self.run()
-            if count >= 2 and time.perf_counter() - start > 0.3:
+            if count >= 2 and self.now() - start > 0.3:
                 break
-        once = time.perf_counter() - took
+        once = self.now() - took
         self.repeats = max(1, min(100, int(SHORTEST / max(once, 1e-7))))
         return once * self.repeats
 
@@ -66,9 +67,9 @@ class CPUTimer(Timer):
         marks: list[float] = []
         forward = both = 0.0
         for _ in range(self.repeats):
-            start = time.perf_counter()
-            result = self.run(lambda: marks.append(time.perf_counter()))
-            end = time.perf_counter()
+            start = self.now()
+            result = self.run(lambda: marks.append(self.now()))
+            end = self.now()
             del result
             both += end - start
             forward += (marks.pop() if marks else end) - start

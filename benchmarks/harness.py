@@ -22,21 +22,23 @@ A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<
     TARGETS = [Target("gresbox", "eager", "B=8", "forward", at_least=2.0), Target(..., device="cuda", memory_at_most=0.1)]
     TOLERANCES = {"float32": 1e-4}                                             # optional: over gresbox.testing.TOLERANCES
     def error(got, wanted, inputs) -> float:                                   # optional: got, wanted: lists of tensors
+    NOTES = "Why a target is missed; what else was tried."                     # optional: printed under the table in docs/benchmarks
 
 Forms whose name begins with "gresbox" are ours; every other form is a peer, and each of ours gets a ratio to each peer: peer's time
 over our time, so above 1 ours is faster. "gresbox" is what a user gets without asking (``backend="auto"``). A form returns what
-``reference`` returns (a ``Form`` with ``read`` may return something else and turn it into that, outside the time). ``forms`` is
-called once per case, so a compiled form is compiled for one case only; imports of peers belong into it.
+``reference`` returns; :class:`Form` says more about one that does not. ``forms`` is called once per case, so a compiled form is
+compiled for one case only; imports of peers belong into it.
 
 Directions: "forward" runs without gradients; "forward+backward" takes gradients of all ``DIFFERENTIABLE`` inputs for fixed random
 gradients of the outputs, and "backward" is the second part of the same calls. Every row has the error of its outputs, and of its
-gradients where it has some, against ``reference``: relative in the 2-norm, for integers and booleans the share that differs (which
-must be 0). A form whose error is above the tolerance keeps its row but gets no ratio, unless it says why it ``differs``.
+gradients where it has some, against ``reference``: relative in the 2-norm, for integers and booleans the share that differs.
+Ours gets no ratio while its error is above the tolerance; a peer's ratio is left out then, unless it says why it ``differs``.
 
-All forms of a case run once per round, in an order that rotates and turns round; a ratio is the median over rounds of the ratio of two
-times of the same round, with its 95 % bootstrap interval. Ours runs twice in each round: the interval of that ratio around 1 is
-the noise band. On CUDA the second-level cache is overwritten before each call; times are wall time (host and waiting included),
-time between events, and replayed from a CUDA graph where the form can be captured.
+All forms of a case run once per round, in an order that rotates and turns round. A ratio is the median over rounds of the ratio of
+two times of the same round, with its 95 % bootstrap interval. Ours runs twice in each round: the interval of that ratio around 1
+is the noise band. On CUDA the second-level cache is overwritten before each call, and there are two times: "wall", host and waiting
+included, and "graph", of a replayed CUDA graph, where the form can be captured. Extra memory is the largest sum of allocations
+during a call beyond its results; on the CPU those that PyTorch makes.
 """
 
 from __future__ import annotations
@@ -68,8 +70,8 @@ class Form:
 
     Args:
         call: ``call(**inputs)``; what is timed.
-        prepare: Turns the inputs into those of ``call``, outside the time; None: they are the same.
-        read: Turns what ``call`` returns into what ``reference`` returns, outside the time.
+        prepare: Turns the inputs into those of ``call``, outside the time; it hands on inputs that get gradients as they are.
+        read: Turns what ``call`` returns into what ``reference`` returns; outside the time in the direction "forward".
         backward: Whether it has gradients.
         differs: Why its result is not the reference's (other points are sampled, say); its error is shown, not judged.
     """
@@ -98,7 +100,21 @@ class Cost:
 
 @dataclass(frozen=True)
 class Target:
-    """What must hold of one form in one case; ``peer`` is None for a time alone; ``dtype`` None: the device's first; ``clock`` may be "graph"."""
+    """What must hold of one form in one case.
+
+    Args:
+        form: One of ours.
+        peer: What ``at_least`` and ``memory_at_most`` are a ratio to; None with limits that need no peer.
+        case: Its name.
+        direction: One of the three.
+        at_least: Peer's time over ours.
+        memory_at_most: Our extra memory over the peer's.
+        microseconds_at_most: Our time.
+        syncs_at_most: How often ours may wait for the device.
+        device: "cpu" or "cuda".
+        clock: "wall" or "graph".
+        dtype: None: the device's first.
+    """
 
     form: str
     peer: str | None
@@ -117,11 +133,11 @@ class compiled:  # noqa: N801  reads as a word in a list of forms
     """The form under ``torch.compile``; compiled at its first call, afresh for each case."""
 
     def __init__(self, call: Callable[..., Any], **options: Any) -> None:
-        self.call, self.options, self.made = call, {"dynamic": False, **options}, None
+        self.call, self.options = call, {"dynamic": False, **options}
+        self.made: Callable[..., Any] | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         if self.made is None:
-            torch._dynamo.reset()
             self.made = torch.compile(self.call, **self.options)
         return self.made(**inputs)
 
@@ -178,6 +194,7 @@ class Scene:
     """One case: its inputs, what is wanted of every form, and the forms."""
 
     def __init__(self, module: ModuleType, case: str, dtype: str, device: torch.device) -> None:
+        torch._dynamo.reset()  # what other cases compiled does not count towards the limit of this one
         self.module, self.case, self.dtype, self.device = module, case, dtype, device
         kind = getattr(torch, dtype)
         generator = torch.Generator(device).manual_seed(0)

@@ -1,0 +1,181 @@
+"""Run benchmarks and keep what they measure, one file per benchmark and device.
+
+    python -m benchmarks.run ops                      every op on the CPU; what is in the files already is not measured again
+    python -m benchmarks.run all --device cuda --part 2/6
+    python -m benchmarks.run mask_costs --again       one benchmark, afresh
+    python -m benchmarks.run ops --quick              a few rounds of each first case, nothing is written
+    python -m benchmarks.run --list
+
+A file grows case by case; a run that was stopped goes on where it was. After ``--minutes`` no case is begun any more, and the exit
+code is 3 while cases are left. Parts are every n-th case, so that several runs share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler, asked for memory, otherwise writes a line per call
+
+import torch
+
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.clocks import CPUTimer  # noqa: E402
+from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure
+from benchmarks.results import RESULTS, ResultFile, device_name
+from gresbox import __version__
+
+KINDS = ("ops", "step", "metrics", "train")
+UNFINISHED = 3
+
+
+class Piece(NamedTuple):
+    """What is measured and written at once: all directions and forms of one case."""
+
+    what: str
+    module: ModuleType
+    case: str
+    dtype: str
+
+
+def names_of(kind: str) -> list[str]:
+    """The benchmarks of a kind: the files of its folder."""
+    return sorted(path.stem for path in (Path(__file__).parent / kind).glob("[a-z]*.py"))
+
+
+def modules_of(chosen: Sequence[str]) -> dict[str, ModuleType]:
+    """Benchmarks by name; ``chosen`` are kinds, names or "all"."""
+    of_kind = {kind: names_of(kind) for kind in KINDS}
+    homes = {name: kind for kind, names in of_kind.items() for name in names}
+    wanted: list[str] = []
+    for word in chosen:
+        names = list(homes) if word == "all" else of_kind.get(word, [word])
+        unknown = [name for name in names if name not in homes]
+        if unknown:
+            raise SystemExit(f"no benchmark {unknown[0]!r}; there are {', '.join([*KINDS, *homes])}")
+        wanted += [name for name in names if name not in wanted]
+    return {name: importlib.import_module(f"benchmarks.{homes[name]}.{name}") for name in wanted}
+
+
+def pieces_of(modules: dict[str, ModuleType], device: str, *, quick: bool) -> Iterator[Piece]:
+    for what, module in modules.items():
+        cases = module.ON.get(device, ())
+        dtypes = getattr(module, "DTYPES", DEFAULT_DTYPES)[device] if cases else ()
+        for case in cases[:1] if quick else cases:
+            for dtype in dtypes[:1] if quick else dtypes:
+                yield Piece(what, module, case, dtype)
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Run benchmarks; see the head of the file for examples.")
+    parser.add_argument("what", nargs="*", default=["all"], help="ops, step, metrics, train, all, or names of benchmarks")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run (default: cpu)")
+    parser.add_argument("--against", nargs="+", default=[], metavar="FORM", help="only these peers beside our own forms")
+    parser.add_argument("--case", nargs="+", default=[], metavar="CASE", help="only these cases")
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="every N-th case, from the I-th (default: 1/1)")
+    parser.add_argument("--minutes", type=float, default=None, help="begin no case after this time (default: 7 with --part)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="for the rounds of a case and direction (default: 2)")
+    parser.add_argument("--cpu-time", action="store_true", help="this process's CPU time, for busy machines (with one thread)")
+    parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
+    parser.add_argument("--out", type=Path, default=RESULTS / __version__, help="folder to write to (default: the version's)")
+    parser.add_argument("--again", action="store_true", help="forget what the files hold")
+    parser.add_argument("--quick", action="store_true", help="a few rounds of each first case; nothing is written")
+    parser.add_argument("--list", action="store_true", help="name the cases and leave")
+    return parser
+
+
+def main() -> int:
+    options = arguments().parse_args()
+    turn, parts = (int(number) for number in options.part.split("/"))
+    if not 1 <= turn <= parts:
+        raise SystemExit(f"--part must be I/N with I from 1 to N, got {options.part}")
+    modules = modules_of(options.what)
+    pieces = [
+        piece for piece in pieces_of(modules, options.device, quick=options.quick) if not options.case or piece.case in options.case
+    ]
+    pieces = pieces[turn - 1 :: parts]
+    if options.list:
+        print("\n".join(f"{piece.what}: {piece.case}, {piece.dtype}" for piece in pieces))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("there is no CUDA device here")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.cpu_time:
+        if options.device != "cpu" or torch.get_num_threads() > 1:
+            raise SystemExit("--cpu-time is for the CPU with --threads 1: threads that wait for each other use CPU time too")
+        CPUTimer.now = staticmethod(time.process_time)
+    minutes = options.minutes if options.minutes is not None or parts == 1 else 7.0
+    return run(pieces, options, deadline=None if minutes is None else time.monotonic() + 60 * minutes)
+
+
+def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | None) -> int:
+    """Measure what is not in the files yet; 0, 1 after a failure of ours, or 3 if the time was over first."""
+    device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
+    ceilings = measure_ceilings(device)
+    print("ceilings: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()), flush=True)
+    files: dict[str, ResultFile] = {}
+    failed = left = 0
+    for piece in pieces:
+        if not options.quick and piece.what not in files:
+            path = options.out / f"{piece.what}--{device_name(device)}.json"
+            try:
+                files[piece.what] = ResultFile(path, piece.what, device, ceilings, again=options.again)
+            except ValueError as refusal:
+                raise SystemExit(str(refusal)) from refusal
+        if not options.quick and files[piece.what].has(piece.case, piece.dtype):
+            continue
+        if deadline is not None and time.monotonic() > deadline:
+            left += 1
+            continue
+        start = time.monotonic()
+        try:
+            groups = measure(
+                piece.module,
+                piece.case,
+                piece.dtype,
+                device,
+                peers=options.against,
+                seconds=options.seconds,
+                quick=options.quick,
+                ceilings=ceilings,
+            )
+        except FAILURES as failure:
+            print(f"{piece.what}: {piece.case}, {piece.dtype}: FAILED: {failure}", file=sys.stderr, flush=True)
+            failed += 1
+            continue
+        if not options.quick:
+            files[piece.what].add(groups)
+        show(piece, groups, time.monotonic() - start)
+    if left:
+        print(f"{left} cases are left; the same command goes on with them")
+    return 1 if failed else UNFINISHED if left else 0
+
+
+def show(piece: Piece, groups: Sequence[dict[str, Any]], seconds: float) -> None:
+    print(f"\n{piece.what}: {piece.case}, {piece.dtype} ({seconds:.0f} s)")
+    for group in groups:
+        noise = "" if group["noise_band"] is None else f", noise band {group['noise_band']:.2f}"
+        print(f"  {group['direction']} ({group['rounds']} rounds{noise})")
+        for row in group["rows"]:
+            memory = "" if row["extra_bytes"] is None else f"  {row['extra_bytes'] / 2**20:9.2f} MB"
+            error = max(row["error"], row["error_gradients"] or 0.0)
+            note = row["differs"] or ("" if row["right"] else "WRONG")
+            line = f"    {row['form']:28} {row['ms']:10.3f} ms{memory}  error {error:.1e}  {note}"
+            if is_ours(row["form"]):
+                line += "  ".join(f"{peer} {ratio['ratio']:.2f}x" for peer, ratio in row["wall_ratios"].items())
+            print(line.rstrip())
+        for form, reason in group["not_run"].items():
+            print(f"    {form:28} not run: {reason}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
