@@ -33,6 +33,20 @@ class Forms:
     refusal: Callable[..., str | None] | None = None
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the backward op finds its arguments: gradients, then those of the forward op, then kept outputs, then the flags."""
+
+    places: tuple[int, ...]  # of the differentiable ones among the forward op's arguments
+    count: int  # of the forward op's arguments
+    outputs: int
+    auxiliary: tuple[int, ...]
+
+    def arguments(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        start = self.outputs - len(self.auxiliary)
+        return args[start : start + self.count]
+
+
 def define_op(
     schema: str,
     *,
@@ -40,13 +54,14 @@ def define_op(
     forward: Forms,
     backward: Forms | None = None,
     differentiable: Sequence[str] = (),
+    auxiliary: Sequence[int] = (),
 ) -> Any:
     """Register ``gresbox::NAME`` and, with ``backward``, ``gresbox::NAME_backward``, and return the op to call.
 
-    The backward op gets one gradient per output (zeros where an output is not used), all arguments of the forward op, and one flag
-    per differentiable argument that says whether its gradient is needed. It returns their gradients in that order, contiguous, in
-    the arguments' dtypes, None where not needed. Only inputs are saved; it cannot be differentiated a second time and says so.
-    Autocast is off inside both.
+    The backward op gets one gradient per output (zeros where an output is not used), all arguments of the forward op, its auxiliary
+    outputs, and a list with one flag per differentiable argument that says whether its gradient is needed. It returns their
+    gradients in that order, contiguous, in the arguments' dtypes, None where not needed. Inputs are saved, and of the outputs only
+    the auxiliary ones. It cannot be differentiated a second time and says so. Autocast is off inside both.
 
     Args:
         schema: ``"name(Tensor x, Tensor? y, int size) -> Tensor"``; tensors in lists are not differentiable.
@@ -54,6 +69,7 @@ def define_op(
         forward: Forms of the op.
         backward: Forms of its backward op.
         differentiable: Names of the tensor arguments that have a gradient.
+        auxiliary: Places of the outputs that only the backward op reads; they have no gradient.
 
     Returns:
         The op, ``torch.ops.gresbox.NAME.default``.
@@ -62,19 +78,19 @@ def define_op(
     op = _define(schema, fake, forward)
     if backward is None:
         return op
-    arguments = op._schema.arguments
-    places = [next(i for i, argument in enumerate(arguments) if argument.name == wanted) for wanted in differentiable]
-    grads = ", ".join(f"Tensor grad_{index}" for index in range(len(op._schema.returns)))
-    results = ", ".join(["Tensor"] * len(places))
+    names, outputs = [argument.name for argument in op._schema.arguments], len(op._schema.returns)
+    layout = _Layout(tuple(map(names.index, differentiable)), len(names), outputs, tuple(auxiliary))
+    grads = [f"Tensor grad_{index}" for index in range(outputs) if index not in auxiliary]
+    kept = [f"Tensor kept_{index}" for index in auxiliary]
     inside = schema[schema.index("(") + 1 : schema.rindex(") ->")]
+    results = "Tensor" if len(differentiable) == 1 else f"({', '.join(['Tensor'] * len(differentiable))})"
     backward_op = _define(
-        f"{name}_backward({grads}, {inside}, bool[] needs) -> {results if len(places) == 1 else f'({results})'}",
-        lambda *args: _filled(args, places, len(arguments), [None] * len(places)),
-        _returning(backward, places, len(arguments)),
+        f"{name}_backward({', '.join([*grads, inside, *kept, 'bool[] needs'])}) -> {results}",
+        lambda *args: _filled(args, layout, [None] * len(layout.places)),
+        _returning(backward, layout),
     )
-    torch.library.register_autograd(
-        f"gresbox::{name}", _differentiation(backward_op, places, len(arguments)), setup_context=_save, lib=_LIBRARY
-    )
+    differentiate, save = _differentiation(backward_op, layout), _saving(layout)
+    torch.library.register_autograd(f"gresbox::{name}", differentiate, setup_context=save, lib=_LIBRARY)
     torch.library.register_autograd(f"gresbox::{name}_backward", _refuse_twice(name), lib=_LIBRARY)
     return op
 
@@ -115,43 +131,48 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
-    ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+def _saving(layout: _Layout) -> Callable[..., None]:
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        kept = [output[index] for index in layout.auxiliary]
+        ctx.mark_non_differentiable(*kept)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *kept)
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+
+    return save
 
 
-def _differentiation(backward_op: Any, places: list[int], count: int) -> Callable[..., Any]:
+def _differentiation(backward_op: Any, layout: _Layout) -> Callable[..., Any]:
     def differentiate(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         arguments = [next(saved) if other is None else other[0] for other in ctx.others]
-        needs = [bool(ctx.needs_input_grad[place]) and arguments[place] is not None for place in places]
-        found = backward_op(*grads, *arguments, needs)
-        results: list[Tensor | None] = [None] * count
-        for place, need, gradient in zip(places, needs, (found,) if len(places) == 1 else found, strict=True):
+        needs = [bool(ctx.needs_input_grad[place]) and arguments[place] is not None for place in layout.places]
+        read = [grad for index, grad in enumerate(grads) if index not in layout.auxiliary]
+        found = backward_op(*read, *arguments, *saved, needs)
+        results: list[Tensor | None] = [None] * layout.count
+        for place, need, gradient in zip(layout.places, needs, (found,) if len(needs) == 1 else found, strict=True):
             results[place] = gradient if need else None
         return tuple(results)
 
     return differentiate
 
 
-def _returning(forms: Forms, places: list[int], count: int) -> Forms:
+def _returning(forms: Forms, layout: _Layout) -> Forms:
     """Backward forms with an empty tensor in place of every gradient that is not needed."""
 
     def filling(form: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
             found = form(*args)
-            return _filled(args, places, count, [found] if isinstance(found, Tensor) else list(found))
+            return _filled(args, layout, [found] if isinstance(found, Tensor) else list(found))
 
         return run
 
     return Forms(filling(forms.plain), None if forms.kernel is None else filling(forms.kernel), forms.refusal)
 
 
-def _filled(args: tuple[Any, ...], places: list[int], count: int, found: list[Tensor | None]) -> Any:
+def _filled(args: tuple[Any, ...], layout: _Layout, found: list[Tensor | None]) -> Any:
     """One tensor per differentiable argument: the gradient found; an empty one of no element where it is not needed."""
-    arguments, needs = args[-1 - count : -1], args[-1]
-    results = []
-    for place, need, gradient in zip(places, needs, found, strict=True):
+    arguments, results = layout.arguments(args), []
+    for place, need, gradient in zip(layout.places, args[-1], found, strict=True):
         like = arguments[place]
         if not need:
             gradient = (args[0] if like is None else like).new_empty((0,))

@@ -113,3 +113,28 @@ def test_autocast_is_off_inside():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.ops.gresbox.test_autocast(torch.eye(2))
     assert seen == [torch.float32]
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_an_auxiliary_output_is_saved_for_the_backward_op():
+    def forward(x):
+        return x.exp(), x > 0
+
+    def backward(grad, x, positive, needs):
+        return grad * x.exp() * torch.where(positive, 1.0, 0.5).to(x.dtype)
+
+    clipped = define_op(
+        "test_auxiliary(Tensor x) -> (Tensor, Tensor)",
+        fake=lambda x: (x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.bool)),
+        forward=Forms(forward),
+        backward=Forms(backward),
+        differentiable=("x",),
+        auxiliary=(1,),
+    )
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    value, positive = clipped(x)
+    assert value.requires_grad and not positive.requires_grad
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), x)[0], x.detach().exp() * torch.tensor([0.5, 1.0]))
+    torch.library.opcheck(clipped, (x,))
+    got = torch.compile(lambda x: clipped(x)[0] * 2, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], x.detach().exp() * torch.tensor([1.0, 2.0]))
