@@ -15,11 +15,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.suites import igvg, instalign
+from benchmarks.suites import aml, aml_tuning, igvg, instalign
 from benchmarks.suites.suite import DOCS, RESULTS, Budget, Suite, run, table
 from gresbox._files import write_atomically
 
-SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (instalign, igvg)}
+SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (instalign, igvg, aml, aml_tuning)}
 
 
 def show(suite: Suite, folder: Path) -> None:

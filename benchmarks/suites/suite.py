@@ -116,8 +116,8 @@ class Suite:
             raise SystemExit(f"ablate: there are {count} cells, got {text}.")
         numbers: list[int] = []
         for part in cells.split(","):
-            first, _, last = part.partition("-")
-            last = last or first
+            first, dash, last = part.partition("-")
+            last = last if dash else first
             if not (first.isdigit() and last.isdigit()) or not 1 <= int(first) <= int(last) <= count:
                 raise SystemExit(f"ablate: --cells must be I, I-J, I,J or I/{count} with I and J in 1-{count}, got {text}.")
             numbers += range(int(first), int(last) + 1)
