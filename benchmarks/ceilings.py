@@ -21,16 +21,9 @@ def measure_ceilings(device: torch.device) -> dict[str, float]:
     on CUDA.
     """
     cuda = device.type == "cuda"
-    count = (2 << 30) if cuda else (64 << 20)  # float32 elements: 8 GB, 256 MB
-    source = torch.ones(count, device=device)
-    target = torch.empty_like(source)
-    found = {"copy_bytes": 2 * source.nbytes / best(lambda: target.copy_(source), device)}
-    del source, target
-    side = 8192 if cuda else 1024
+    found = {"copy_bytes": _copy(device)}
     for name in DTYPES[device.type]:
-        left, right = (torch.randn(side, side, device=device).to(getattr(torch, name)) for _ in range(2))
-        found[f"matmul_{name}_flops"] = 2 * side**3 / best(lambda left=left, right=right: left @ right, device)  # type: ignore[misc]
-        del left, right
+        found[f"matmul_{name}_flops"] = _product(getattr(torch, name), device)
     table = torch.randn(1 << 18, 16, device=device)
     rows = torch.randint(len(table), (1 << (22 if cuda else 17), 16), device=device)
     found["gather_bytes"] = rows.numel() * 64 / best(lambda: F.embedding_bag(rows, table, mode="sum"), device)
@@ -49,6 +42,18 @@ def best(call: Callable[[], object], device: torch.device, *, rounds: int = 10, 
         _wait(device)
         times.append(CPUTimer.now() - start)
     return min(times)
+
+
+def _copy(device: torch.device) -> float:
+    source = torch.ones((2 << 30) if device.type == "cuda" else (64 << 20), device=device)  # 8 GB, 256 MB
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / best(lambda: target.copy_(source), device)
+
+
+def _product(dtype: torch.dtype, device: torch.device) -> float:
+    side = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / best(lambda: left @ right, device)
 
 
 def _launch(device: torch.device) -> float:

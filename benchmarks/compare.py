@@ -75,9 +75,8 @@ def main() -> int:
             regressions += change.regressed
             if change.regressed or change.own < 1 / change.limit:
                 verdict = "SLOWER" if change.regressed else "faster"
-                print(
-                    f"{verdict}: {change.where}: {change.own:.2f} of the time ({change.raw:.2f} as timed, at most {change.limit:.2f})"
-                )
+                told = f"{change.own:.2f} of the time ({change.raw:.2f} as timed, at most {change.limit:.2f})"
+                print(f"{verdict}: {change.where}: {told}")
     print(f"{compared} forms compared, {regressions} slower than allowed")
     return 1 if regressions or not compared else 0
 

@@ -22,7 +22,7 @@ A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<
     TARGETS = [Target("gresbox", "eager", "B=8", "forward", at_least=2.0), Target(..., device="cuda", memory_at_most=0.1)]
     TOLERANCES = {"float32": 1e-4}                                             # optional: over gresbox.testing.TOLERANCES
     def error(got, wanted, inputs) -> float:                                   # optional: got, wanted: lists of tensors
-    NOTES = "Why a target is missed; what else was tried."                     # optional: printed under the table in docs/benchmarks
+    NOTES = "Why a target is missed; what else was tried."                     # optional: printed under its table in the docs
 
 Forms whose name begins with "gresbox" are ours; every other form is a peer, and each of ours gets a ratio to each peer: peer's time
 over our time, so above 1 ours is faster. "gresbox" is what a user gets without asking (``backend="auto"``). A form returns what
@@ -299,16 +299,18 @@ class Runner:
         self.extra_bytes = self.timer.peak_beyond_results()
 
     def run(self, between: Callable[[], None] | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
-        """Outputs and gradients; ``between`` is called between the two passes."""
+        """Outputs and gradients; a timer gives ``between``, which is called between the passes, and gets what the form returns."""
         if not self.backward:
             with torch.no_grad():
                 made = self.form.call(**self.inputs)
-                return as_list(made if self.form.read is None or between is not None else self.form.read(made)), []
-        made = self.form.call(**self.inputs)
-        outputs = as_list(made if self.form.read is None else self.form.read(made))
+                return (made if between is not None else self._read(made)), []
+        outputs = self._read(self.form.call(**self.inputs))
         if between is not None:
             between()
         return outputs, take_gradients(outputs, self.weights, self.leaves)
+
+    def _read(self, made: Any) -> list[Tensor]:
+        return as_list(made if self.form.read is None else self.form.read(made))
 
     def row(self, direction: str) -> dict[str, Any]:
         return {

@@ -1,7 +1,7 @@
 """Write the tables of the documentation from the files in ``benchmarks/results``: ``python -m benchmarks.page``.
 
-``docs/benchmarks.md`` is written as a whole; in other pages the lines between ``<!-- benchmarks: NAME ... -->`` and ``<!-- end -->``
-are. A test compares the pages with the files, so a number cannot be typed in.
+``docs/benchmarks.md`` is written as a whole; in other pages what stands between ``<!-- benchmarks: NAME ... -->`` and
+``<!-- end -->`` is. A test compares the pages with the files, so a number cannot be typed in.
 """
 
 from __future__ import annotations
@@ -42,16 +42,17 @@ It needs the repository and PyTorch; a peer that is not installed is named as no
 
 ## How a number is taken
 
-- All forms of a computation run on the same inputs, once per round, in an order that turns round. **A ratio is the median over rounds
-  of the peer's time over ours in the same round**, so that a slow moment of the machine hits both: above 1, ours is faster. In
-  brackets is the 95 % bootstrap interval.
-- Ours runs twice in each round. How far the ratio of these two may be from 1 is the **noise band**; a ratio inside it is shown as "=".
-- Every row has the **error** of its outputs and gradients against a float64 reference, relative in the 2-norm. A form whose error is
-  above the dtype's tolerance (`gresbox.testing`) gets no ratio.
+- All forms of a computation run on the same inputs, once per round, in an order that turns round. **A ratio is the median over
+  rounds of the peer's time over ours in the same round**, so that a slow moment of the machine hits both: above 1, ours is faster.
+  In brackets is the 95 % bootstrap interval.
+- Ours runs twice in each round. How far the ratio of these two may be from 1 is the **noise band**; a ratio inside it is shown as
+  "=".
+- Every row has the **error** of its outputs and gradients against a float64 reference, relative in the 2-norm. A form whose error
+  is above the dtype's tolerance (`gresbox.testing`) gets no ratio.
 - "backward" is the second part of the calls of "forward+backward"; "forward" runs without gradients.
 - **Extra memory** is the largest sum of allocations during a call beyond its results.
-- On CUDA a row has two times, wall time and that of a replayed CUDA graph, with cold caches, and its share of the **roofline**: the
-  least time that copies, products, gathers and launches allow, as measured in the same run.
+- On CUDA a row has two times, wall time and that of a replayed CUDA graph, with cold caches, and its share of the **roofline**:
+  the least time that copies, products, gathers and launches allow, as measured in the same run.
 - "eager" is the definition in plain PyTorch; "compiled" is `torch.compile` of the form before the comma.
 """
 

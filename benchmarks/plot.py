@@ -9,9 +9,9 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
-from benchmarks.results import File, Group  # noqa: E402
+from benchmarks.results import File, Group
 
 Files = dict[tuple[str, str], File]
 OURS = "gresbox"

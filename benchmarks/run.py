@@ -27,7 +27,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler, a
 import torch
 
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.clocks import CPUTimer  # noqa: E402
+from benchmarks.clocks import CPUTimer
 from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure
 from benchmarks.results import RESULTS, ResultFile, device_name
 from gresbox import __version__
