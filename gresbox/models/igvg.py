@@ -482,7 +482,7 @@ IGVG_TINY = IGVGConfig(
     minimap="logits",
     minimap_resize="area",
     attention_ffn_dim=128,
-    pyramid_scales=(2, 1, 0.5),
+    pyramid_scales=(1, 0.5),
     unet_norm="group",
     num_layers=2,
     num_heads=4,
@@ -493,5 +493,5 @@ IGVG_TINY = IGVGConfig(
     mask_upsample=2,
     existence="bce",
     loss_weights=IGVGWeights(detection=0.5, minimap=0.5, existence=1.0, no_object=0.4),
-    recipe=Recipe(lr=1e-3, final_lr=1e-5, epochs=2.0, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
+    recipe=Recipe(lr=1.2e-3, final_lr=1e-5, epochs=1.6, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
 )

@@ -213,6 +213,36 @@ def test_a_convolutional_stem_gives_one_vector_per_patch_and_sees_beyond_its_bor
         encoder.load_beit3(public_names(encoder.config, 4, device="cpu"))
 
 
+def test_patches_read_the_words_before_the_first_layer():
+    encoder = small(word_fusion=True).double()
+    images, ids, valid = inputs(width=24)
+    read = []
+    encoder.layers[0].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    encoder(images, ids, valid)
+    changed = ids.clone()
+    changed[0, 1] = 1 + ids[0, 1]
+    padded = torch.where(valid.bool(), ids, ids + 1)
+    for words in (changed, padded):
+        encoder(images, words, valid)
+    first, after, same = read
+    assert (first[0, 1:] != after[0, 1:]).any(-1).all() and torch.equal(first[:, 0], after[:, 0]), "all patches, but not CLS"
+    torch.testing.assert_close(first[1], after[1])
+    torch.testing.assert_close(first, same)
+    states, tokens = encoder.encode(images, ids, valid)
+    (states.square().sum() + tokens.square().sum()).backward()
+    assert all(p.grad is not None for p in encoder.parameters())
+    with pytest.raises(ValueError, match=r"Beit3Encoder\.load_beit3: .* missing \(word_fusion\."):
+        encoder.load_beit3(public_names(encoder.config, 4, device="cpu"))
+
+
+def test_what_layers_add_starts_smaller_by_the_update_scale():
+    whole = small()
+    scaled = small(update_scale=0.25).state_dict()
+    for name, weight in whole.state_dict().items():
+        factor = 0.25 if name.endswith(("out_proj.weight", "fc2.weight")) else 1.0
+        torch.testing.assert_close(scaled[name], factor * weight)
+
+
 def test_without_the_final_text_side_the_patches_are_the_same():
     whole, lean = small().eval(), small(final_text=False).eval()
     lost = whole.state_dict().keys() - lean.state_dict().keys()
@@ -399,6 +429,7 @@ def test_deeper_or_shallower_files_are_refused():
         ({"stem": "conv", "patch_size": 6}, ValueError, "`patch_size` must be a power of two with stem='conv', got 6."),
         ({"stem": "conv"}, ValueError, "`dim` must be a multiple of 16 with stem='conv', got 24."),
         ({"start_std": -1.0}, ValueError, "`start_std` must be at least 0, got -1.0."),
+        ({"update_scale": -1.0}, ValueError, "`update_scale` must be at least 0, got -1.0."),
         ({"drop_path": 1.0}, ValueError, "`drop_path` must be in [0, 1), got 1.0."),
         ({"drop_path": float("nan")}, ValueError, "`drop_path` must be in [0, 1), got nan."),
     ],
@@ -457,14 +488,14 @@ def test_the_tiny_encoder_learns_to_find_what_the_text_names():
     """Three colours at random places; the word tells which to point at. Chance is one in three."""
     torch.manual_seed(0)
     config = dataclasses.replace(BEIT3_TINY, dim=32, num_layers=2, num_heads=2, ffn_dim=64, vocab_size=4, text_positions=4)
-    encoder = Beit3Encoder(config, image_size=32)
+    encoder = Beit3Encoder(config, image_size=16)
     head = torch.nn.Conv2d(32, 1, 1)
     optimizer = torch.optim.AdamW([*encoder.parameters(), *head.parameters()], lr=3e-3)
 
     def batch(size=64):
         cells = torch.stack([torch.randperm(16)[:3] for _ in range(size)])  # (B, 3) where each colour is
         colours = torch.zeros(size, 16, 3).scatter_(1, cells[..., None].expand(-1, -1, 3), torch.eye(3).expand(size, -1, -1) * 2)
-        images = F.interpolate(colours.transpose(1, 2).unflatten(-1, (4, 4)), scale_factor=8)
+        images = F.interpolate(colours.transpose(1, 2).unflatten(-1, (4, 4)), scale_factor=4)
         wanted = torch.randint(0, 3, (size,))
         return images, torch.stack([torch.full_like(wanted, 3), wanted], dim=1), cells[torch.arange(size), wanted]
 

@@ -57,7 +57,11 @@ SWITCHES = [
     {"existence": "two_class"},
     {"aux_layers": "none"},
     {"minimap": "probs", "dropout": 0.1},
-    {"encoder": dataclasses.replace(BEIT3_TINY, stem="patch", patch_size=16, drop_path=0.2, gradient_checkpointing=True)},
+    {
+        "encoder": dataclasses.replace(
+            BEIT3_TINY, stem="patch", word_fusion=False, patch_size=16, drop_path=0.2, gradient_checkpointing=True
+        )
+    },
     dict(RELEASED),
     {"text_selection": False, "inject_text": False, "distance_weight": 0.0},  # Table 6, first row
     {"inject_text": False, "distance_weight": 0.0},
@@ -90,10 +94,10 @@ def test_output_encode_and_criterion(tiny):
     output = tiny(**batch)
     assert output.merged.shape == (3, 16, 16) and output.instances.masks.shape == (3, 10, 16, 16)
     assert output.boxes.shape == (3, 10, 4) and output.points.shape == (3, 10, 2) and len(output.aux) == 1
-    assert output.extras["minimap"].shape == (3, 8, 8) and output.extras["existence"].shape == (3, 2)
+    assert output.extras["minimap"].shape == (3, 16, 16) and output.extras["existence"].shape == (3, 2)
     torch.testing.assert_close(output.no_target, output.extras["existence"][:, 1] - output.extras["existence"][:, 0])
     visual, tokens, valid = tiny.encode(**batch)
-    assert (visual.shape[1], tokens.shape[2]) == tiny.encode_dims == (96, 96)
+    assert (visual.shape[1], tokens.shape[2]) == tiny.encode_dims == (64, 64)
     assert tokens.shape[:2] == valid.shape == batch["input_ids"].shape and valid.dtype == torch.bool
     criterion = tiny.criterion()
     assert isinstance(criterion, IGVGCriterion) and criterion.weights == tiny.config.loss_weights
@@ -102,7 +106,9 @@ def test_output_encode_and_criterion(tiny):
     assert create_model("igvg_tiny", mask_upsample=0).criterion().instance_loss.full_size
 
 
-@pytest.mark.parametrize(("decoder", "sides"), [("points", [16, 8, 4]), ("single_scale", [8]), ("detr", [8])])
+@pytest.mark.parametrize(
+    ("decoder", "sides"), [("points", [16, 8]), ("multi_scale", [16, 8]), ("single_scale", [16]), ("detr", [16])]
+)
 def test_a_decoder_of_one_scale_reads_the_patches_own(decoder, sides):
     model, read = create_model("igvg_tiny", decoder=decoder).eval(), []
     model.decoder.register_forward_pre_hook(lambda _, args: read.extend(level.shape[-1] for level in args[2]))
@@ -114,8 +120,8 @@ def test_a_distance_weight_of_zero_chooses_the_highest_scores():
     model = create_model("igvg_tiny", distance_weight=0.0).eval()
     output = model(**model.processor([picture()], TEXTS[:1]))
     best = output.extras["minimap"].flatten(1).topk(10).indices
-    cells = (output.points * 8).long()
-    assert set((cells[..., 1] * 8 + cells[..., 0])[0].tolist()) == set(best[0].tolist())
+    cells = (output.points * 16).long()
+    assert set((cells[..., 1] * 16 + cells[..., 0])[0].tolist()) == set(best[0].tolist())
 
 
 def test_points_lie_in_different_cells_and_boxes_in_the_picture(tiny):
@@ -270,11 +276,11 @@ def test_a_swapped_part_is_named_and_asked_for(tmp_path):
         ({"vocabulary": "red"}, "`vocabulary` must be a tuple, got 'red'."),
         ({"vocabulary": ("red", 3)}, "`vocabulary` must be words, got others."),
         ({"num_queries": "ten"}, "`num_queries` must be a whole number, got 'ten'."),
-        ({"num_queries": 65}, "`num_queries` must be in [1, 64], got 65."),
+        ({"num_queries": 257}, "`num_queries` must be in [1, 256], got 257."),
         ({"num_layers": 0}, "`num_layers` must be at least 1, got 0."),
         ({"mask_upsample": -1}, "`mask_upsample` must be at least 0, got -1."),
         ({"dim": 30}, "`dim` must be a multiple of 4 and of num_heads=4, got 30."),
-        ({"image_size": 60}, "`image_size` must be a multiple of encoder.patch_size=8, got 60."),
+        ({"image_size": 62}, "`image_size` must be a multiple of encoder.patch_size=4, got 62."),
         ({"max_tokens": 65}, "`max_tokens` must be in [3, 64], got 65."),
         ({"max_tokens": 2}, "`max_tokens` must be in [3, 64], got 2."),
         ({"pyramid_scales": (4, 2)}, "`pyramid_scales` must hold 1, the patches' own resolution, got (4, 2)."),
@@ -304,8 +310,8 @@ def test_an_unknown_word_in_a_config_is_refused_by_the_part_that_reads_it(name):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ((torch.zeros(1, 3, 60, 64), torch.ones(1, 4).long(), torch.ones(1, 4)), "H and W multiples of 8, got (1, 3, 60, 64)"),
-        ((torch.zeros(1, 3, 16, 16), torch.ones(1, 4).long(), torch.ones(1, 4)), "`num_queries` must be in [1, 4], got 10"),
+        ((torch.zeros(1, 3, 62, 64), torch.ones(1, 4).long(), torch.ones(1, 4)), "H and W multiples of 4, got (1, 3, 62, 64)"),
+        ((torch.zeros(1, 3, 8, 8), torch.ones(1, 4).long(), torch.ones(1, 4)), "`num_queries` must be in [1, 4], got 10"),
         ((torch.zeros(1, 3, 64, 64), torch.ones(1, 65).long(), torch.ones(1, 65)), "`input_ids` must be at most 64 tokens long"),
         ((torch.zeros(2, 3, 64, 64), torch.ones(1, 4).long(), torch.ones(1, 4)), "`input_ids` must be (B, L) with B=2, got (1, 4)"),
         ((torch.zeros(1, 3, 64, 64), torch.ones(1, 4).long(), torch.ones(1, 5)), "`attention_mask` must be (B, L) with L=4"),
