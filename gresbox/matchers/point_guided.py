@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gresbox._checks import check_choice, check_float, check_range, check_shape, check_targets
 from gresbox.ops import assign, box_cxcywh_to_xyxy, generalized_box_iou
+from gresbox.ops._late_errors import LateError
 from gresbox.structures import GresTarget, InstancePrediction
 
 __all__ = ["PointGuidedMatcher"]
@@ -34,8 +35,9 @@ class PointGuidedMatcher(nn.Module):
     in the code, and the overlap counts against the cost. ``class_cost="cross_entropy"`` is the printed one.
     Differs from the code: an overlap has no 1e-6 in its denominator and is 0 where there is no area.
 
-    All steps and images are priced together and one assignment serves them all: a single copy from the device per call. Nothing
-    here carries a gradient. The L1 distances are sums over coordinates.
+    All steps and images are priced together and one assignment serves them all. Where its kernel runs nothing waits for the device,
+    and a NaN is reported by a later call (see :func:`gresbox.ops.assign`); elsewhere there is a single copy from the device per
+    call. Nothing here carries a gradient. The L1 distances are sums over coordinates.
 
     Args:
         cls: Weight of the class cost.
@@ -160,6 +162,8 @@ class PointGuidedMatcher(nn.Module):
             cost = cost.where(inside[:, None], torch.nan)
         try:
             rows = assign(cost.flatten(0, 1), torch.tensor(counts * steps), nan=self.nan)
+        except LateError:  # of an earlier batch: this one's inputs say nothing about it
+            raise
         except ValueError as error:
             raise ValueError(_blame(read, inside)) from error
         return rows.unflatten(0, (steps, batch))

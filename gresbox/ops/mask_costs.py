@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gresbox._checks import check_range, check_shape
+from gresbox.ops._backend import use_triton
 from gresbox.ops._pixel_chunks import chunks_of
 from gresbox.ops._precision import accumulation_dtype, no_autocast
+from gresbox.ops._register import Forms, define_op
 
 __all__ = ["pairwise_mask_cost", "query_mask_cost"]
+
+MOST_TARGETS = 64  # of the kernel
 
 _Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -51,19 +57,30 @@ def pairwise_mask_cost(masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return bce.to(masks.dtype), dice.to(masks.dtype)
 
 
-def query_mask_cost(queries: Tensor, pixels: Tensor, targets: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+def query_mask_cost(
+    queries: Tensor,
+    pixels: Tensor,
+    targets: Tensor,
+    *,
+    chunk: int | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     """:func:`pairwise_mask_cost` of masks that are still factored, for a batch: ``queries @ pixels`` is never stored as a whole.
 
     Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Eq. (4) and (6).
-    Differs from the paper: nothing. The pixels are taken chunk by chunk, forward and backward (the registered op
-    ``gresbox::query_mask_cost``); all decoder steps can be priced in one pass by stacking their queries. The targets get no
-    gradient.
+    Differs from the paper: nothing. All decoder steps can be priced in one pass over the pixels by stacking their queries. A kernel
+    does it in two launches on CUDA; elsewhere the pixels are taken chunk by chunk. Both are the registered op
+    ``gresbox::query_mask_cost``, whose backward pass goes chunk by chunk everywhere: matching needs no gradient. The targets get
+    none. There is no double backward; use ``"eager"`` for that.
 
     Args:
         queries: One mask embedding per query.
         pixels: Pixel features.
         targets: The truth at the pixels' size; bool, or fractions of pixels. Padded targets get a cost like any other.
-        chunk: Pixels per chunk; None: by size, at most about a quarter of the image.
+        chunk: Pixels per chunk; None: by size, at most about a quarter of the image. Kernels do not read it.
+        dtype: Dtype of the result; None: that of ``queries``. Costs that are compared should not be rounded to 16 bits.
+        backend: ``"eager"`` builds all masks, ``"auto"`` runs the kernel on CUDA and chunks elsewhere, ``"triton"`` is the kernel.
 
     Shape:
         - ``queries``: ``(B, N, C)``; ``pixels``: ``(B, C, H, W)``; ``targets``: ``(B, M, H, W)`` in [0, 1].
@@ -72,6 +89,7 @@ def query_mask_cost(queries: Tensor, pixels: Tensor, targets: Tensor, *, chunk: 
     Raises:
         TypeError: If an input is not floating-point.
         ValueError: If a shape does not fit or ``chunk`` is out of range.
+        RuntimeError: If ``backend`` is not possible here.
 
     Example:
         >>> import torch
@@ -81,15 +99,19 @@ def query_mask_cost(queries: Tensor, pixels: Tensor, targets: Tensor, *, chunk: 
     """
     who = "query_mask_cost"
     check_shape(who, queries=(queries, "B N C"), pixels=(pixels, "B C H W"), targets=(targets, "B M H W"))
-    accumulation_dtype(who, queries=queries, pixels=pixels)
+    wide = accumulation_dtype(who, queries=queries, pixels=pixels)
     if chunk is not None:
         check_range(who, "chunk", chunk, low=1)
-    with no_autocast(queries):
-        area = pixels.shape[2] * pixels.shape[3]
-        sums = _chunked_sums(queries, pixels, targets.detach(), chunk or 0)
-        covered = targets.detach().flatten(2).sum(-1, dtype=sums[0].dtype)
-        bce, dice = _costs(sums, covered, area)
-    return bce.to(queries.dtype), dice.to(queries.dtype)
+    refusal = _refusal(queries, pixels, targets, 0) if backend == "triton" else None  # for "auto" the op itself asks, untraced
+    use_triton(who, backend, queries, pixels, targets, kernel=refusal or True)
+    truth = targets.detach()
+    if backend == "eager":
+        with no_autocast(queries):
+            sums = _sums(queries.to(wide) @ pixels.to(wide).flatten(2), truth.flatten(2).to(wide))
+            bce, dice = _costs(sums, truth.flatten(2).sum(-1, dtype=wide), pixels.shape[2] * pixels.shape[3])
+    else:
+        bce, dice, _, _ = _priced(queries, pixels, truth, chunk or 0)
+    return bce.to(dtype or queries.dtype), dice.to(dtype or queries.dtype)
 
 
 def _sums(masks: Tensor, targets: Tensor) -> _Sums:
@@ -107,14 +129,9 @@ def _costs(sums: _Sums, covered: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     return bce, dice
 
 
-@torch.library.custom_op(
-    "gresbox::query_mask_cost",
-    mutates_args=(),
-    schema="(Tensor queries, Tensor pixels, Tensor targets, int chunk) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _chunked_sums(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
-    """:func:`_sums` of ``queries @ pixels``, chunk by chunk."""
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, pixels.dtype), torch.float32)
+def price_chunks(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
+    """The two costs, and what their gradient reads of :func:`_sums`: probabilities and those inside each target."""
+    dtype = _wide(queries, pixels)
     query, features, truth = queries.to(dtype), pixels.flatten(2), targets.flatten(2)
     batch, count, most = query.shape[0], query.shape[1], truth.shape[1]
     totals = [query.new_zeros((batch, count)) for _ in range(2)] + [query.new_zeros((batch, count, most)) for _ in range(2)]
@@ -122,54 +139,79 @@ def _chunked_sums(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) 
         sums = _sums(query @ features[:, :, part].to(dtype), truth[:, :, part].to(dtype))
         for total, more in zip(totals, sums, strict=True):
             total += more
-    return totals[0], totals[1], totals[2], totals[3]
+    softplus, probs, agree, overlap = totals
+    bce, dice = _costs((softplus, probs, agree, overlap), truth.sum(-1, dtype=dtype), features.shape[2])
+    return bce, dice, probs, overlap
 
 
-@_chunked_sums.register_fake
-def _chunked_sums_fake(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
-    dtype = torch.promote_types(torch.promote_types(queries.dtype, pixels.dtype), torch.float32)
-    each = queries.new_empty(queries.shape[:2], dtype=dtype)
-    pair = queries.new_empty((*queries.shape[:2], targets.shape[1]), dtype=dtype)
-    return each, torch.empty_like(each), pair, torch.empty_like(pair)
+def _fake(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
+    each = queries.new_empty(queries.shape[:2], dtype=_wide(queries, pixels))
+    bce, dice, overlap = (each.new_empty((*queries.shape[:2], targets.shape[1])) for _ in range(3))
+    return bce, dice, each, overlap
 
 
-@torch.library.custom_op(
-    "gresbox::query_mask_cost_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor queries, Tensor pixels, Tensor targets, int chunk) -> (Tensor, Tensor)",
-)
-def _chunked_backward(grads: list[Tensor], queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and pixels from those of the four sums; each chunk's masks are built again."""
-    grad_softplus, grad_probs, grad_agree, grad_overlap = grads
-    dtype = grad_softplus.dtype
+def unprice_chunks(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    queries: Tensor,
+    pixels: Tensor,
+    targets: Tensor,
+    chunk: int,
+    probs: Tensor,
+    overlap: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of queries and pixels; each chunk's masks are built again."""
+    dtype = probs.dtype
     query, features, truth = queries.to(dtype), pixels.flatten(2), targets.flatten(2)
-    grad_query, grad_pixels = torch.zeros_like(query), pixels.new_empty(features.shape)
-    with no_autocast(queries):  # a backward pass may be called under autocast
-        for part in chunks_of(features.shape[2], query.shape[0] * query.shape[1], chunk, queries.device):
-            feature, target = features[:, :, part].to(dtype), truth[:, :, part].to(dtype)
-            probs = (query @ feature).sigmoid()
-            to_probs = grad_probs[..., None] + grad_overlap @ target
-            grad_masks = probs * (grad_softplus[..., None] + to_probs * (1 - probs)) + grad_agree @ target
+    grad_agree = grad_bce / -max(features.shape[2], 1)  # (B, N, M)
+    grad_softplus = -grad_agree.sum(-1)
+    union = probs[..., None] + truth.sum(-1, dtype=dtype)[..., None, :] + 1
+    grad_overlap = -2 * grad_dice / union
+    grad_probs = (grad_dice * (2 * overlap + 1) / union.square()).sum(-1)
+    grad_query = torch.zeros_like(query) if needs[0] else None
+    grad_pixels = pixels.new_empty(features.shape) if needs[1] else None
+    for part in chunks_of(features.shape[2], query.shape[0] * query.shape[1], chunk, queries.device):
+        feature, target = features[:, :, part].to(dtype), truth[:, :, part].to(dtype)
+        inside = (query @ feature).sigmoid()
+        to_probs = grad_probs[..., None] + grad_overlap @ target
+        grad_masks = inside * (grad_softplus[..., None] + to_probs * (1 - inside)) + grad_agree @ target
+        if grad_query is not None:
             grad_query += grad_masks @ feature.mT
+        if grad_pixels is not None:
             grad_pixels[:, :, part] = query.mT @ grad_masks
-    return grad_query.to(queries.dtype), grad_pixels.view(pixels.shape)
+    return (
+        None if grad_query is None else grad_query.to(queries.dtype),
+        None if grad_pixels is None else grad_pixels.view(pixels.shape),
+    )
 
 
-@_chunked_backward.register_fake
-def _chunked_backward_fake(
-    grads: list[Tensor], queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int
-) -> tuple[Tensor, Tensor]:
-    return queries.new_empty(queries.shape), pixels.new_empty(pixels.shape)
+def _wide(queries: Tensor, pixels: Tensor) -> torch.dtype:
+    return torch.promote_types(torch.promote_types(queries.dtype, pixels.dtype), torch.float32)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    queries, pixels, targets, ctx.chunk = inputs
-    ctx.save_for_backward(queries, pixels, targets)
+def _kernel(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
+    from gresbox.kernels.mask_costs import price
+
+    return price(queries, pixels, targets, chunk)
 
 
-def _differentiate(ctx, *grads):  # type: ignore[no-untyped-def]
-    grad_query, grad_pixels = _chunked_backward(list(grads), *ctx.saved_tensors, ctx.chunk)
-    return grad_query, grad_pixels, None, None
+def _refusal(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> str | None:
+    """Why the kernel cannot take these inputs."""
+    if 0 in (*queries.shape, *targets.shape):
+        return "some axis has no element"
+    if targets.shape[1] > MOST_TARGETS:
+        return f"there are more than {MOST_TARGETS} targets"
+    if pixels[0].numel() >= 2**31 or targets[0].numel() >= 2**31:
+        return "one image has more than 2**31 values"
+    return None
 
 
-_chunked_sums.register_autograd(_differentiate, setup_context=_setup_context)
+_priced = define_op(
+    "query_mask_cost(Tensor queries, Tensor pixels, Tensor targets, int chunk) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake,
+    forward=Forms(price_chunks, _kernel, _refusal),
+    backward=Forms(unprice_chunks),
+    differentiable=("queries", "pixels"),
+    auxiliary=(2, 3),
+)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gresbox.ops import mask_bce, mask_dice, pairwise_mask_cost, query_mask_cost
-from gresbox.ops.mask_costs import _chunked_backward, _chunked_sums
+from gresbox.ops.mask_costs import price_chunks, unprice_chunks
 from gresbox.testing import assert_matches_reference
 
 
@@ -79,9 +79,9 @@ class _Largest(TorchDispatchMode):
 def test_no_pass_holds_all_masks_or_all_pairs():
     query, pixels, truth = torch.randn(2, 40, 8), torch.randn(2, 8, 24, 24), torch.rand(2, 7, 24, 24) > 0.5
     with _Largest() as forward:
-        sums = _chunked_sums._init_fn(query, pixels, truth, 0)
+        bce, dice, *kept = price_chunks(query, pixels, truth, 0)
     with _Largest() as backward:
-        _chunked_backward._init_fn(list(sums), query, pixels, truth, 0)
+        unprice_chunks(bce, dice, query, pixels, truth, 0, *kept, [True, True])
     assert 0 < forward.values <= 2 * 40 * 24 * 24 / 4
     assert 0 < backward.values <= 2 * 40 * 24 * 24 / 4
     with _Largest() as pairwise:
