@@ -1,7 +1,7 @@
 """Ablations on the synthetic benchmark: one suite per paper, the same budget for every cell, three seeds.
 
     python -m benchmarks.ablate --suite igvg --list              the cells and which are done
-    python -m benchmarks.ablate --suite igvg --cell 3/45         run one cell; a cell that has its file is skipped
+    python -m benchmarks.ablate --suite igvg --cell 3/39         run one cell; a cell that has its file is skipped
     python -m benchmarks.ablate --suite igvg --cells 1-20        run several
     python -m benchmarks.ablate --suite igvg --table             write the suite's page and picture in docs/ from the files
 
