@@ -107,7 +107,15 @@ if TYPE_CHECKING:
         list_models,
         load_model,
     )
-    from gresbox.structures import GresOutput, GresPrediction, GresSample, GresTarget, InstancePrediction, Recipe
+    from gresbox.structures import (
+        GresOutput,
+        GresPrediction,
+        GresSample,
+        GresTarget,
+        InstancePrediction,
+        PaddedTargets,
+        Recipe,
+    )
     from gresbox.training import (
         AlignmentMaskedTraining,
         Answer,
@@ -122,7 +130,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOME = {
-    "gresbox.structures": ["GresOutput", "GresPrediction", "GresSample", "GresTarget", "InstancePrediction", "Recipe"],
+    "gresbox.structures": [
+        "GresOutput",
+        "GresPrediction",
+        "GresSample",
+        "GresTarget",
+        "InstancePrediction",
+        "PaddedTargets",
+        "Recipe",
+    ],
     "gresbox.blocks": [
         "AdaptiveInstanceAggregation",
         "AlignmentAwareMasking",

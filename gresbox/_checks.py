@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from gresbox.structures import GresTarget
+    from gresbox.structures import GresTarget, PaddedTargets
 
 __all__ = ["check_choice", "check_float", "check_range", "check_shape", "check_targets"]
 
@@ -99,24 +99,26 @@ def check_range(who: str, argument: str, value: float, low: float | None = None,
         raise ValueError(f"{who}: `{argument}` must be {expected}, got {value}.")
 
 
-def check_targets(who: str, targets: Sequence[GresTarget], like: Tensor) -> None:
+def check_targets(who: str, targets: Sequence[GresTarget] | PaddedTargets, like: Tensor) -> None:
     """Check that there is one target per image, on the device of the prediction.
 
     Args:
         who: The caller's public name.
-        targets: One target per image.
+        targets: One target per image, or all of them padded.
         like: A tensor of the prediction, ``(B, ...)``.
 
     Raises:
         TypeError: If one is not a GresTarget.
         ValueError: If their number is not B or one is on another device.
     """
-    wrong = [type(target).__name__ for target in targets if not isinstance(getattr(target, "masks", None), Tensor)]
+    padded = isinstance(getattr(targets, "masks", None), Tensor)
+    each: Sequence[GresTarget | PaddedTargets] = [targets] if padded else targets  # type: ignore[list-item,assignment]
+    wrong = [type(target).__name__ for target in each if not isinstance(getattr(target, "masks", None), Tensor)]
     if wrong:
         raise TypeError(f"{who}: `targets` must be a list of GresTarget, got {wrong[0]}.")
     if len(targets) != like.shape[0]:
         raise ValueError(f"{who}: `targets` must be one per image with B={like.shape[0]}, got {len(targets)}.")
-    for target in targets:
+    for target in each:
         if target.masks.device != like.device:
             raise ValueError(
                 f"{who}: `targets` must be on {like.device} like the prediction, got {target.masks.device}; "

@@ -6,6 +6,7 @@ All are frozen. Those that hold tensors are registered pytrees, so they pass thr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ __all__ = [
     "GresSample",
     "GresTarget",
     "InstancePrediction",
+    "PaddedTargets",
     "Recipe",
     "masks_to_boxes",
 ]
@@ -124,6 +126,87 @@ class GresTarget:
 
     def to(self, device: torch.device | str) -> GresTarget:
         """The same target on another device."""
+        return _to(self, device)
+
+
+@dataclass(frozen=True, eq=False)
+class PaddedTargets:
+    """The targets of a batch in tensors whose shapes do not depend on how many instances there are.
+
+    A step on them can be recorded once and replayed (``gresbox.training.capture_step``). :class:`InstAlignCriterion
+    <gresbox.losses.InstAlignCriterion>` and its matcher take them in place of a list, with the same result.
+
+    Args:
+        masks: The instances of each image, then empty masks.
+        counts: How many of an image's masks are instances.
+        merged: Everything that is referred to in each image.
+        no_target: Whether an expression refers to nothing.
+
+    Shape:
+        - ``masks``: ``(B, M, H, W)`` bool; ``counts``: ``(B,)`` int64; ``merged``: ``(B, H, W)`` bool; ``no_target``: ``(B,)``
+          bool.
+
+    Raises:
+        TypeError: If a dtype does not fit.
+        ValueError: If the shapes disagree.
+
+    Example:
+        >>> import torch
+        >>> some, none = (GresTarget(torch.ones(count, 4, 4, dtype=torch.bool)) for count in (2, 0))
+        >>> padded = PaddedTargets.pack([some, none], 5)
+        >>> padded.masks.shape, padded.counts, padded.no_target
+        (torch.Size([2, 5, 4, 4]), tensor([2, 0]), tensor([False,  True]))
+    """
+
+    masks: Tensor
+    counts: Tensor
+    merged: Tensor
+    no_target: Tensor
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.masks, Tensor):  # a pytree being rebuilt with other leaves
+            return
+        check_shape(
+            "PaddedTargets",
+            masks=(self.masks, "B M H W"),
+            counts=(self.counts, "B"),
+            merged=(self.merged, "B H W"),
+            no_target=(self.no_target, "B"),
+        )
+        for name, dtype in {"masks": torch.bool, "counts": torch.int64, "merged": torch.bool, "no_target": torch.bool}.items():
+            if getattr(self, name).dtype != dtype:
+                raise TypeError(f"PaddedTargets: `{name}` must be {dtype}, got {getattr(self, name).dtype}.")
+
+    @classmethod
+    def pack(cls, targets: Sequence[GresTarget], most: int) -> PaddedTargets:
+        """Put a list of targets of one size into padded tensors; nothing waits for the device.
+
+        Args:
+            targets: One per image, at least one.
+            most: Places ``M`` per image.
+
+        Raises:
+            ValueError: If an image has more than ``most`` instances, or the targets differ in size.
+        """
+        counts = [target.masks.shape[0] for target in targets]
+        if not targets or max(counts) > most:
+            raise ValueError(f"PaddedTargets.pack: `most` must be at least the instances of each image, got {most} for {counts}.")
+        sizes = sorted({tuple(target.masks.shape[-2:]) for target in targets})
+        if len(sizes) > 1:
+            raise ValueError(f"PaddedTargets.pack: `targets` must all have one image size, got {sizes[0]} and {sizes[-1]}.")
+        device = targets[0].masks.device
+        rest = [F.pad(target.masks, (0, 0, 0, 0, 0, most - count)) for target, count in zip(targets, counts, strict=True)]
+        masks = torch.stack(rest)
+        merged = torch.stack([target.merged for target in targets if target.merged is not None])
+        flags = torch.tensor([bool(target.no_target) for target in targets])
+        numbers = torch.tensor(counts, dtype=torch.int64)
+        return cls(masks, numbers.to(device, non_blocking=True), merged, flags.to(device, non_blocking=True))
+
+    def __len__(self) -> int:
+        return self.masks.shape[0]
+
+    def to(self, device: torch.device | str) -> PaddedTargets:
+        """The same targets on another device."""
         return _to(self, device)
 
 
@@ -347,5 +430,5 @@ class Recipe:
     amsgrad: bool = False
 
 
-for _structure in (GresTarget, InstancePrediction, GresOutput):
+for _structure in (GresTarget, PaddedTargets, InstancePrediction, GresOutput):
     torch.export.register_dataclass(_structure)

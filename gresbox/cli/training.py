@@ -55,6 +55,13 @@ def _add_length(group: Any) -> None:
     group.add_argument("--max-seconds", type=float, metavar="S", help="stop training after this many seconds, schedule or not")
     group.add_argument("--batch", type=int, metavar="B", help="samples per step, over all processes and accumulation steps")
     group.add_argument("--accumulate", type=int, default=1, metavar="A", help="micro-batches per step")
+    group.add_argument(
+        "--capture",
+        type=int,
+        default=0,
+        metavar="M",
+        help="replay decoder, matching and losses from a CUDA graph, M instances at most",
+    )
     group.add_argument("--lr", type=float, help="peak learning rate")
     group.add_argument("--clip", type=float, help="largest gradient norm; 0: none")
     group.add_argument("--schedule", choices=("linear", "step", "poly", "cosine", "constant"), help="learning-rate schedule")

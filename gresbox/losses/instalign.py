@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gresbox._checks import check_choice, check_range, check_targets
+from gresbox._checks import check_choice, check_targets
 from gresbox.losses.mask import MaskLoss, matched_masks, take_queries
 from gresbox.losses.no_target import no_target_loss
 from gresbox.losses.poa import POALoss
+from gresbox.losses.targets import (
+    Targets,
+    check_one_size,
+    instance_masks,
+    instance_normaliser,
+    merged_targets,
+    no_target_flags,
+)
 from gresbox.ops import mask_bce, mask_dice, stack_masks
-from gresbox.structures import GresOutput, GresTarget, InstancePrediction
+from gresbox.structures import GresOutput, InstancePrediction
 
 __all__ = ["InstAlignCriterion", "InstAlignWeights"]
 
@@ -81,8 +89,9 @@ class InstAlignCriterion(nn.Module):
             attribute ``phrase_loss``, a :class:`POALoss`, and may be replaced.
 
     Shape:
-        - ``output``: what a model returns; ``targets``: one per image, all of one size; ``num_instances``: the normaliser, a
-          positive number or scalar tensor; default: the instances of this batch, at least 1.
+        - ``output``: what a model returns; ``targets``: one per image, all of one size, or
+          :class:`~gresbox.structures.PaddedTargets`; ``num_instances``: the normaliser, a positive number or scalar tensor;
+          default: the instances of this batch, at least 1.
         - returns a dict of float32 scalars: ``merged_bce``, ``merged_dice``, ``no_target``, ``score``, ``mask_bce``, ``mask_dice``,
           ``phrase``, each weighted, and ``loss``, their sum. What a switch leaves out, or the model does not predict, has no entry.
 
@@ -129,40 +138,38 @@ class InstAlignCriterion(nn.Module):
         self.mask_loss = MaskLoss() if mask_loss is None else mask_loss
         self.phrase_loss = POALoss()
 
-    def forward(
-        self, output: GresOutput, targets: Sequence[GresTarget], *, num_instances: float | Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, output: GresOutput, targets: Targets, *, num_instances: float | Tensor | None = None) -> dict[str, Tensor]:
         check_targets("InstAlignCriterion", targets, output.merged)
-        _one_size(targets)
+        check_one_size("InstAlignCriterion", targets)
         losses = self._merged(output, targets)
         if output.no_target is not None:
-            label = _flags(targets, output.merged.device)
+            label = no_target_flags(targets, output.merged.device)
             loss = no_target_loss(output.no_target, label, class_weights=self.weights.no_target_classes)
             losses["no_target"] = self.weights.no_target * loss
         if self.supervision != "none":
-            normaliser = _normaliser(targets, num_instances)
+            normaliser = instance_normaliser("InstAlignCriterion", targets, num_instances)
             losses |= {name: self.weights.instance * loss for name, loss in self._instances(output, targets, normaliser).items()}
         losses = {name: loss.float() for name, loss in losses.items()}
         return {"loss": torch.stack(list(losses.values())).sum(), **losses}
 
-    def _merged(self, output: GresOutput, targets: Sequence[GresTarget]) -> dict[str, Tensor]:
+    def _merged(self, output: GresOutput, targets: Targets) -> dict[str, Tensor]:
         """Losses of the merged mask at the targets' size."""
         (aggregate,) = self._aux_merged
         merged = [output.merged]
         if aggregate is not None:
             merged += [aggregate(step) for step in output.aux]
-        truth = torch.stack([_merged_of(target) for target in targets]).flatten(1)  # (B, H * W)
-        height, width = targets[0].masks.shape[-2:]
-        counted = torch.ones(()) if self.merged_on_no_target else ~_flags(targets, truth.device)
+        whole = merged_targets(targets)  # (B, H, W)
+        size, truth = (whole.shape[1], whole.shape[2]), whole.flatten(1)
+        counted: float | Tensor = 1.0 if self.merged_on_no_target else ~no_target_flags(targets, truth.device)
         bce, dice = [], []
         for logits in merged:
-            values = replace(output, merged=logits).resized((height, width)).flatten(1)
+            values = replace(output, merged=logits).resized(size).flatten(1)
             bce.append((mask_bce(values, truth) * counted).mean())
             dice.append((mask_dice(values, truth) * counted).mean())
         weight = self.weights.merged
         return {"merged_bce": weight * torch.stack(bce).sum(), "merged_dice": weight * torch.stack(dice).sum()}
 
-    def _instances(self, output: GresOutput, targets: Sequence[GresTarget], normaliser: float | Tensor) -> dict[str, Tensor]:
+    def _instances(self, output: GresOutput, targets: Targets, normaliser: float | Tensor) -> dict[str, Tensor]:
         """Losses of score, masks and phrases, summed over the decoder steps."""
         if output.instances is None:
             raise ValueError("InstAlignCriterion: `output.instances` must be there, unless supervision='none', got None.")
@@ -176,7 +183,7 @@ class InstAlignCriterion(nn.Module):
         height, width = steps[0].pixels.shape[-2:]
         factor = self.mask_loss.upsample
         size = (height * factor, width * factor) if self.mask_loss.num_points is None else None
-        truth, _ = stack_masks([target.masks for target in targets], size)
+        truth, _ = stack_masks(instance_masks(targets), size)
         bce, dice = self.mask_loss(matched_masks(steps, matches), truth)  # (B, S, M) each
         counted = matched.transpose(0, 1)
         losses["mask_bce"] = self.weights.mask * (bce * counted).sum() / normaliser
@@ -213,29 +220,3 @@ class InstAlignCriterion(nn.Module):
 
     def extra_repr(self) -> str:
         return f"supervision={self.supervision!r}, score_reduction={self.score_reduction!r}, weights={self.weights}"
-
-
-def _one_size(targets: Sequence[GresTarget]) -> None:
-    """All targets of a batch have one size: the merged loss compares at that size."""
-    sizes = sorted({tuple(target.masks.shape[-2:]) for target in targets})
-    if len(sizes) > 1:
-        raise ValueError(f"InstAlignCriterion: `targets` must all have one image size in a batch, got {sizes[0]} and {sizes[-1]}.")
-
-
-def _merged_of(target: GresTarget) -> Tensor:
-    assert target.merged is not None  # the target's constructor fills it in
-    return target.merged
-
-
-def _flags(targets: Sequence[GresTarget], device: torch.device) -> Tensor:
-    """``(B,)`` bool, True where nothing is referred to; copied without waiting for the device."""
-    return torch.tensor([bool(target.no_target) for target in targets]).to(device, non_blocking=True)
-
-
-def _normaliser(targets: Sequence[GresTarget], num_instances: float | Tensor | None) -> float | Tensor:
-    """What sums over instances are divided by; a tensor stays on its device and is not looked at."""
-    if num_instances is None:
-        return float(max(sum(target.masks.shape[0] for target in targets), 1))
-    if not isinstance(num_instances, Tensor) and not num_instances > 0:
-        check_range("InstAlignCriterion", "num_instances", num_instances, torch.finfo(torch.float32).tiny)
-    return num_instances

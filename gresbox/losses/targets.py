@@ -8,33 +8,52 @@ import torch
 from torch import Tensor
 
 from gresbox._checks import check_range
-from gresbox.structures import GresTarget
+from gresbox.structures import GresTarget, PaddedTargets
 
-__all__ = ["check_one_size", "count_queries", "instance_normaliser", "mean_over", "merged_targets", "no_target_flags"]
+__all__ = [
+    "check_one_size",
+    "count_queries",
+    "instance_masks",
+    "instance_normaliser",
+    "mean_over",
+    "merged_targets",
+    "no_target_flags",
+]
+
+Targets = Sequence[GresTarget] | PaddedTargets
 
 
-def check_one_size(who: str, targets: Sequence[GresTarget]) -> None:
+def check_one_size(who: str, targets: Targets) -> None:
     """Check that all targets of a batch have one size.
 
     Raises:
         ValueError: If they have several.
     """
-    sizes = sorted({tuple(target.masks.shape[-2:]) for target in targets})
+    sizes = sorted({tuple(masks.shape[-2:]) for masks in instance_masks(targets)})
     if len(sizes) > 1:
         raise ValueError(f"{who}: `targets` must all have one image size in a batch, got {sizes[0]} and {sizes[-1]}.")
 
 
-def merged_targets(targets: Sequence[GresTarget]) -> Tensor:
+def instance_masks(targets: Targets) -> list[Tensor]:
+    """The instances' masks of each image, ``(M_b, H, W)`` bool; padded targets keep their empty masks."""
+    return list(targets.masks) if isinstance(targets, PaddedTargets) else [target.masks for target in targets]
+
+
+def merged_targets(targets: Targets) -> Tensor:
     """The merged masks of a batch, ``(B, H, W)`` bool."""
+    if isinstance(targets, PaddedTargets):
+        return targets.merged
     return torch.stack([target.merged for target in targets if target.merged is not None])
 
 
-def no_target_flags(targets: Sequence[GresTarget], device: torch.device) -> Tensor:
+def no_target_flags(targets: Targets, device: torch.device) -> Tensor:
     """``(B,)`` bool, True where nothing is referred to; copied without waiting for the device."""
+    if isinstance(targets, PaddedTargets):
+        return targets.no_target
     return torch.tensor([bool(target.no_target) for target in targets]).to(device, non_blocking=True)
 
 
-def instance_normaliser(who: str, targets: Sequence[GresTarget], num_instances: float | Tensor | None) -> float | Tensor:
+def instance_normaliser(who: str, targets: Targets, num_instances: float | Tensor | None) -> float | Tensor:
     """What sums over instances are divided by: the given number, or this batch's instances, at least 1.
 
     A tensor stays on its device and is not looked at.
@@ -42,8 +61,10 @@ def instance_normaliser(who: str, targets: Sequence[GresTarget], num_instances: 
     Raises:
         ValueError: If a given number is not positive.
     """
+    if num_instances is None and isinstance(targets, PaddedTargets):
+        return targets.counts.sum().clamp(min=1).float()
     if num_instances is None:
-        return float(max(sum(target.masks.shape[0] for target in targets), 1))
+        return float(max(sum(masks.shape[0] for masks in instance_masks(targets)), 1))
     if not isinstance(num_instances, Tensor) and not num_instances > 0:
         check_range(who, "num_instances", num_instances, torch.finfo(torch.float32).tiny)
     return num_instances

@@ -5,7 +5,7 @@ Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -253,13 +253,21 @@ class InstAlign(GresModel):
     def forward(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> GresOutput:
         check_shape("InstAlign", images=(images, "B 3 H W"), input_ids=(input_ids, "B L"), attention_mask=(attention_mask, "B L"))
         check_float("InstAlign", images=images)
+        return self.answer(*self.features(images, input_ids, attention_mask))
+
+    def features(self, images: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """The first half of ``forward``, encoders and pixel decoder: memory levels, pixel features, tokens, ``valid``."""
         valid = attention_mask.bool()
         tokens = self.text_encoder(input_ids, valid)
         levels = self.image_encoder(images)
         if self.word_fusion is not None:
             levels = [fuse(level, tokens, valid) for fuse, level in zip(self.word_fusion, levels, strict=True)]
         pixels, memories = self.pixel_decoder(levels)
-        *aux, last = self.decoder(memories[-self.config.memory_levels :], pixels, tokens, valid)
+        return list(memories[-self.config.memory_levels :]), pixels, tokens, valid
+
+    def answer(self, memories: Sequence[Tensor], pixels: Tensor, tokens: Tensor, valid: Tensor) -> GresOutput:
+        """The second half of ``forward``, from :meth:`features` on; its shapes do not depend on the pictures."""
+        *aux, last = self.decoder(memories, pixels, tokens, valid)
         queries = last.queries if last.normed is None else last.normed
         no_target = self.no_target_head(queries, last.score_logits.sigmoid(), last.tokens, valid)
         return GresOutput(self.aggregation(last), no_target, last, tuple(aux))

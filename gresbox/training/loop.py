@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from gresbox.structures import Recipe
 from gresbox.training.aml import AlignmentMaskedTraining
 from gresbox.training.batches import TrainingBatch, TrainingCollate, make_loader
+from gresbox.training.capture import CapturedStep, capture_step
 from gresbox.training.checkpoint import Checkpoints, TrainState
 from gresbox.training.evaluation import COUNTS, evaluate
 from gresbox.training.optimizers import make_optimizer
@@ -117,6 +118,7 @@ class Trainer:
         )
         self.criterion: Any = (model.criterion() if criterion is None else criterion).to(self.device)  # type: ignore[operator]
         self.counts_instances = "num_instances" in inspect.signature(self.criterion.forward).parameters
+        self.captured = self._captured()
         self.checkpoints = Checkpoints(out / "checkpoints", options.keep_checkpoints)
         self.identity = {"seed": options.seed, "batch": self.recipe.batch, "train_samples": len(train_set)}
         self.settings = self.identity | _settings(model, self.recipe, train_set)
@@ -216,7 +218,10 @@ class Trainer:
                 with ExitStack() as stack:
                     if turn < len(passes) or index + 1 < len(batches):  # processes add up their gradients once per optimiser step
                         stack.enter_context(self.accelerator.no_sync(self.wrapped))
-                    losses = self.criterion(self.wrapped(**arguments), targets, **extra)
+                    if self.captured is None:
+                        losses = self.criterion(self.wrapped(**arguments), targets, **extra)
+                    else:
+                        losses = self.captured(arguments, targets, **extra)
                     self.accelerator.backward(losses["loss"] * weight / len(batches))
                 for name, value in losses.items():
                     _add(sums, name if name == "loss" else f"loss/{name}", value.detach() * weight / len(batches))
@@ -229,6 +234,17 @@ class Trainer:
         self.prepared.step()
         self.prepared.zero_grad()
         return sums
+
+    def _captured(self) -> CapturedStep | None:
+        """The step whose second half is replayed, where the options ask for it."""
+        if not self.options.capture:
+            return None
+        if self.aml is not None or self.world > 1:
+            reason = "without aml" if self.aml is not None else "with one process"
+            raise ValueError(f"train: `capture` must be 0 or the training {reason}, got {self.options.capture}.")
+        dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.amp]
+        max_tokens = self.plain.processor.max_tokens
+        return capture_step(self.plain, self.criterion, most=self.options.capture, max_tokens=max_tokens, autocast=dtype)
 
     def _num_instances(self, batches: list[TrainingBatch]) -> float | Tensor:
         """The normaliser of each micro-batch, so that the mean over processes and micro-batches is the whole batch's loss."""

@@ -41,6 +41,8 @@ class TrainOptions:
         tensorboard: Write TensorBoard scalars too.
         progress: Show a progress bar.
         cpu: Stay on the CPU where there is a GPU.
+        capture: Record the model's second half, matching and losses as a CUDA graph with this many places for instances per
+            picture, and replay it in every step; see :func:`gresbox.training.capture_step`. 0: no graph.
         evaluation: How to score.
 
     Raises:
@@ -72,6 +74,7 @@ class TrainOptions:
     tensorboard: bool = False
     progress: bool = True
     cpu: bool = False
+    capture: int = 0
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
 
     def __post_init__(self) -> None:
