@@ -5,7 +5,7 @@ A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<
     CASES = {"B=8": {"B": 8, "N": 100, "C": 256, "H": 120, "W": 120}, ...}     # name -> sizes (numbers and strings)
     ON = {"cpu": ("B=1", "B=8"), "cuda": ("B=32", "B=8", "2x", "4x")}          # which cases run where; the first one with --quick
     DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}            # optional; this is what is left out means
-    DIFFERENTIABLE = ("queries", "pixels")                                     # inputs that get gradients; (): forward only
+    DIFFERENTIABLE = ("queries", "pixels")                                     # inputs with gradients, tensors or dicts of them
 
     def make_inputs(case, device, dtype, generator) -> dict[str, object]:      # random, never zeros; same seed, same values
     def forms(device) -> dict[str, Callable | Form | str]:                     # device is "cpu" or "cuda"
@@ -32,7 +32,8 @@ compiled for one case only; imports of peers belong into it.
 Directions: "forward" runs without gradients; "forward+backward" takes gradients of all ``DIFFERENTIABLE`` inputs for fixed random
 gradients of the outputs, and "backward" is the second part of the same calls. Every row has the error of its outputs, and of its
 gradients where it has some, against ``reference``: relative in the 2-norm, for integers and booleans the share that differs.
-Ours gets no ratio while its error is above the tolerance; a peer's ratio is left out then, unless it says why it ``differs``.
+A form whose error is above the tolerance gets no ratio, unless it says why it ``differs``. Without ``DIFFERENTIABLE`` inputs there
+is only "forward".
 
 All forms of a case run once per round, in an order that rotates and turns round. A ratio is the median over rounds of the ratio of
 two times of the same round, with its 95 % bootstrap interval. Ours runs twice in each round: the interval of that ratio around 1
@@ -53,6 +54,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.clocks import CLOCKS, Timer
 from gresbox.testing import TOLERANCES, relative_error
@@ -204,8 +206,8 @@ class Scene:
             raise ValueError(f"{module.__name__}: DIFFERENTIABLE names {sorted(unknown)}, which make_inputs does not give.")
         own = getattr(module, "TOLERANCES", {})
         self.tolerance: float = own.get(dtype, TOLERANCES[kind])
-        exact = {name: _in_double(value) for name, value in self.inputs.items()}
-        leaves = [exact[name].requires_grad_() for name in module.DIFFERENTIABLE]
+        exact = tree_map(_in_double, self.inputs)
+        leaves = [leaf.requires_grad_() for name in module.DIFFERENTIABLE for leaf in tree_leaves(exact[name])]
         outputs = as_list(module.reference(**exact))
         generator = torch.Generator(device).manual_seed(1)
         self.weights = [
@@ -258,9 +260,9 @@ class Scene:
             if cost is not None and ceilings and row["right"]:
                 row["roofline"] = round(1e3 * cost.seconds(ceilings, self.dtype) / (row["graph_ms"] or row["ms"]), 4)
             if is_ours(runner.name):
-                judged = [other.name for other in runners if not is_ours(other.name) and (other.right or other.form.differs)]
+                judged = [other.name for other in runners if not is_ours(other.name) and other.judged]
                 for clock in CLOCKS:
-                    row[f"{clock}_ratios"] = rounds.ratios(runner.name, judged, direction, clock) if runner.right else {}
+                    row[f"{clock}_ratios"] = rounds.ratios(runner.name, judged, direction, clock) if runner.judged else {}
             rows.append(row)
         return {
             "case": self.case,
@@ -281,8 +283,9 @@ class Runner:
 
     def __init__(self, name: str, form: Form, scene: Scene, backward: bool) -> None:
         self.name, self.form, self.backward, self.weights = name, form, backward, scene.weights
-        leaves = {n: scene.inputs[n].detach().requires_grad_() for n in scene.module.DIFFERENTIABLE} if backward else {}
-        self.inputs, self.leaves = scene.inputs | leaves, list(leaves.values())
+        differentiable = scene.module.DIFFERENTIABLE if backward else ()
+        own = {n: tree_map(lambda value: value.detach().requires_grad_(), scene.inputs[n]) for n in differentiable}
+        self.inputs, self.leaves = scene.inputs | own, tree_leaves(own)
         if form.prepare is not None:
             with torch.no_grad():
                 self.inputs = form.prepare(**self.inputs)
@@ -293,10 +296,15 @@ class Runner:
         shown = [out.detach() for out in outputs]
         self.error = measure_error(shown, scene.wanted, scene.inputs) if measure_error else largest_error(shown, scene.wanted)
         self.error_gradients = largest_error(gradients, scene.wanted_gradients) if backward else None
-        self.right = max(self.error, self.error_gradients or 0.0) <= scene.tolerance and not form.differs
+        self.right = max(self.error, self.error_gradients or 0.0) <= scene.tolerance
         del outputs, gradients, shown
         self.timer = Timer.of(scene.device, self.run)
         self.extra_bytes = self.timer.peak_beyond_results()
+
+    @property
+    def judged(self) -> bool:
+        """Whether its time counts: the result is right, or is meant to be another."""
+        return self.right or bool(self.form.differs)
 
     def run(self, between: Callable[[], None] | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         """Outputs and gradients; a timer gives ``between``, which is called between the passes, and gets what the form returns."""

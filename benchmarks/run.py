@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler, asked for memory, otherwise writes a line per call
 
 import torch
+import torch._inductor.config
 
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.clocks import CPUTimer
@@ -61,7 +62,13 @@ def modules_of(chosen: Sequence[str]) -> dict[str, ModuleType]:
         if unknown:
             raise SystemExit(f"no benchmark {unknown[0]!r}; there are {', '.join([*KINDS, *homes])}")
         wanted += [name for name in names if name not in wanted]
-    return {name: importlib.import_module(f"benchmarks.{homes[name]}.{name}") for name in wanted}
+    modules = {}
+    for name in wanted:
+        try:
+            modules[name] = importlib.import_module(f"benchmarks.{homes[name]}.{name}")
+        except ImportError as failure:  # a bare machine has the repository and PyTorch alone
+            print(f"{name} is not run: {failure}", file=sys.stderr)
+    return modules
 
 
 def pieces_of(modules: dict[str, ModuleType], device: str, *, quick: bool) -> Iterator[Piece]:
@@ -106,6 +113,8 @@ def main() -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here")
+    if options.device == "cpu":  # a pool of compilers would take time from what is measured
+        torch._inductor.config.compile_threads = 1
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if options.cpu_time:

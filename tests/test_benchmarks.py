@@ -1,0 +1,360 @@
+"""The benchmarks: the harness on tiny cases, the form of result files, and that the tables of the documentation are theirs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the benchmarks are programs of the repository, not a part of the installed package
+
+from benchmarks import compare, page, results
+from benchmarks import run as program
+from benchmarks.ceilings import measure_ceilings
+from benchmarks.clocks import CPUTimer
+from benchmarks.harness import Cost, Form, Target, compiled, largest_error, measure, median_interval, missing
+from benchmarks.peers.mask2former import assign_exactly
+from gresbox import __version__
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy_bytes": 1e10, "matmul_float32_flops": 1e11, "gather_bytes": 1e10, "launch_seconds": 1e-6}
+
+
+def square_module(**changes) -> ModuleType:
+    """A benchmark of the square, in the form of benchmarks/ops."""
+    parts = {
+        "__name__": "square",
+        "__doc__": "Squares.",
+        "CASES": {"small": {"N": 64}},
+        "ON": {"cpu": ("small",), "cuda": ()},
+        "DIFFERENTIABLE": ("x",),
+        "make_inputs": lambda case, device, dtype, generator: {"x": torch.randn(case["N"], generator=generator, dtype=dtype)},
+        "forms": lambda device: {"gresbox": lambda x: x * x, "eager": lambda x: x**2, "gone": "is not installed"},
+        "reference": lambda x: x**2,
+        "cost": lambda case, itemsize, direction: Cost(flops=case["N"], bytes=2 * case["N"] * itemsize),
+        "TARGETS": [Target("gresbox", "eager", "small", "forward", at_least=1e-6)],
+    }
+    return SimpleNamespace(**parts | changes)
+
+
+def with_forms(**forms):
+    return square_module(forms=lambda device: forms)
+
+
+def test_a_case_has_its_directions_errors_memory_ratios_and_reasons():
+    groups = measure(square_module(), "small", "float32", CPU, seconds=0.0, ceilings=CEILINGS)
+    assert [group["direction"] for group in groups] == ["forward", "backward", "forward+backward"]
+    for group in groups:
+        assert group["rounds"] == 7
+        assert group["noise_band"] >= 0
+        assert group["not_run"] == {"gone": "is not installed"}
+        ours, peer = group["rows"]
+        assert ours["form"] == "gresbox"
+        assert 0 < ours["error"] < 1e-6
+        assert (ours["error_gradients"] is None) == (group["direction"] == "forward")
+        assert ours["wall_ratios"].keys() == {"eager"}
+        assert ours["wall_ratios"]["eager"]["low"] <= ours["wall_ratios"]["eager"]["ratio"] <= ours["wall_ratios"]["eager"]["high"]
+        assert ours["roofline"] > 0
+        assert "wall_ratios" not in peer
+        assert (ours["extra_bytes"] is None) == (group["direction"] == "backward")
+
+
+def test_a_wrong_result_gets_no_ratio_and_is_none():
+    groups = measure(
+        with_forms(gresbox=lambda x: x * x, wrong=lambda x: x * x + 1, other=Form(lambda x: x * x + 1, differs="one more")),
+        "small",
+        "float32",
+        CPU,
+        quick=True,
+    )
+    rows = {row["form"]: row for row in groups[0]["rows"]}
+    assert not rows["wrong"]["right"]
+    assert rows["gresbox"]["wall_ratios"].keys() == {"other"}
+    ours = measure(with_forms(gresbox=lambda x: x * x + 1, eager=lambda x: x * x), "small", "float32", CPU, quick=True)[0]["rows"][
+        0
+    ]
+    assert ours["wall_ratios"] == {}
+
+
+def test_wrong_gradients_are_errors():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    forward, _, both = measure(with_forms(gresbox=Twice.apply, eager=lambda x: x * x), "small", "float32", CPU, quick=True)
+    assert forward["rows"][0]["right"]
+    assert not both["rows"][0]["right"]
+
+
+def test_what_cannot_run_is_named_and_ours_must_run():
+    def broken(x):
+        raise ValueError("no such thing\nat all")
+
+    groups = measure(with_forms(gresbox=lambda x: x * x, peer=broken), "small", "float32", CPU, quick=True)
+    assert groups[0]["not_run"] == {"peer": "fails: no such thing"}
+    with pytest.raises(RuntimeError, match="square, small: gresbox fails: no such thing"):
+        measure(with_forms(gresbox=broken), "small", "float32", CPU, quick=True)
+
+
+def test_only_the_peers_that_are_asked_for():
+    groups = measure(square_module(), "small", "float32", CPU, peers=["gone"], quick=True)
+    assert [row["form"] for row in groups[0]["rows"]] == ["gresbox"]
+    assert groups[0]["not_run"] == {"gone": "is not installed"}
+
+
+def test_inputs_are_prepared_and_results_read_outside_the_time():
+    seen = []
+    form = Form(
+        lambda x, factor: [x, factor], prepare=lambda x: {"x": x, "factor": x.detach()}, read=lambda made: made[0] * made[1]
+    )
+    module = square_module(forms=lambda device: {"gresbox": form}, DIFFERENTIABLE=())
+    module.error = lambda got, wanted, inputs: seen.append(inputs.keys()) or largest_error(got, wanted)
+    rows = measure(module, "small", "float32", CPU, quick=True)[0]["rows"]
+    assert rows[0]["right"]
+    assert seen == [{"x"}]
+
+
+def test_inputs_may_be_dicts_with_gradients():
+    module = square_module(
+        DIFFERENTIABLE=("parts",),
+        make_inputs=lambda case, device, dtype, generator: {"parts": {"a": torch.randn(4), "b": torch.randn(4)}},
+        forms=lambda device: {"gresbox": lambda parts: parts["a"] * parts["b"]},
+        reference=lambda parts: parts["a"] * parts["b"],
+    )
+    assert measure(module, "small", "float32", CPU, quick=True)[2]["rows"][0]["right"]
+
+
+def test_peak_memory_is_counted_beyond_the_results():
+    def wasteful():
+        return [(torch.ones(1 << 18) + 1).sum(0, keepdim=True)], []
+
+    assert 2 * (1 << 20) <= CPUTimer(wasteful).peak_beyond_results() < 3 * (1 << 20)
+    assert CPUTimer(lambda: ([torch.empty(1 << 18)], [])).peak_beyond_results() == 0
+
+
+def test_errors_of_outputs():
+    assert largest_error([torch.tensor([1, 2])], [torch.tensor([1, 3])]) == 0.5
+    assert largest_error([None], [torch.zeros(2)]) == 0.0
+    assert largest_error([None], [torch.ones(2)]) == 1.0
+    assert largest_error([torch.tensor([float("nan")])], [torch.ones(1)]) == float("inf")
+
+
+def test_the_interval_of_a_median():
+    low, high = median_interval([1.0, 1.1, 0.9, 1.0, 5.0, 1.0, 1.0])
+    assert 0.9 <= low <= 1.0 <= high <= 5.0
+    assert median_interval([1.0] * 7) == (1.0, 1.0)
+
+
+def test_versions_are_compared():
+    assert missing("no-such-package") == "no-such-package is not installed"
+    assert missing("torch", "2.8") is None
+    assert "is older than 99" in missing("torch", "99")
+
+
+def test_the_exact_assignment_of_the_references():
+    from scipy.optimize import linear_sum_assignment
+
+    for seed in range(30):
+        cost = torch.randn(1 + seed % 9 + 4, seed % 5, generator=torch.Generator().manual_seed(seed)).double()
+        cost = cost.round() if seed % 3 == 0 else cost
+        rows = assign_exactly(cost.numpy())
+        best, columns = linear_sum_assignment(cost)
+        assert len(set(rows.tolist())) == cost.shape[1]
+        assert cost[rows, range(cost.shape[1])].sum() == pytest.approx(cost[best, columns].sum().item())
+
+
+@pytest.fixture
+def measured(tmp_path, monkeypatch):
+    """A result file of the square, in a folder of its own, made by the program."""
+    monkeypatch.setattr(program, "modules_of", lambda words: {"square": square_module()})
+    monkeypatch.setattr(program, "measure_ceilings", lambda device: CEILINGS)
+    monkeypatch.setattr(sys, "argv", ["run", "square", "--out", str(tmp_path), "--seconds", "0"])
+    assert program.main() == 0
+    return tmp_path / "square--cpu.json"
+
+
+def test_the_program_writes_resumes_and_refuses_what_was_measured_elsewhere(measured, monkeypatch, capsys):
+    content = results.read(measured)
+    assert [group["direction"] for group in content["groups"]] == ["forward", "backward", "forward+backward"]
+    before = measured.read_text()
+    capsys.readouterr()
+    assert program.main() == 0
+    assert "square" not in capsys.readouterr().out
+    assert measured.read_text() == before
+    changed = json.loads(before)
+    changed["environment"]["processor"] = "another"
+    measured.write_text(json.dumps(changed))
+    with pytest.raises(SystemExit, match=r"square--cpu.json was measured with another processor; --again forgets it\."):
+        program.main()
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--again"])
+    assert program.main() == 0
+    assert results.read(measured)["environment"]["processor"] != "another"
+
+
+def test_the_program_stops_in_time_and_says_what_is_left(measured, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--again", "--minutes", "-1"])
+    assert program.main() == program.UNFINISHED
+    assert "1 cases are left" in capsys.readouterr().out
+
+
+def test_parts_share_the_cases(monkeypatch, capsys):
+    shown = []
+    for part in ("1/2", "2/2", "1/1"):
+        monkeypatch.setattr(sys, "argv", ["run", "ops", "--list", "--part", part])
+        assert program.main() == 0
+        shown.append(capsys.readouterr().out.split("\n")[:-1])
+    assert sorted(shown[0] + shown[1]) == sorted(shown[2])
+    monkeypatch.setattr(sys, "argv", ["run", "ops", "--part", "3/2"])
+    with pytest.raises(SystemExit, match="--part must be I/N"):
+        program.main()
+
+
+def test_a_row_without_an_error_is_refused(measured):
+    content = results.read(measured)
+    file = results.ResultFile(measured, "square", CPU, CEILINGS)
+    group = copy.deepcopy(content["groups"][0])
+    del group["rows"][0]["error"], group["commit"], group["date"]
+    with pytest.raises(ValueError, match="error is missing"):
+        file.add([group])
+    assert results.read(measured) == content
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["groups"][0]["rows"][0].update(error=None), "error is None"),
+        (lambda c: c["groups"][1]["rows"][0].update(error_gradients=None), "the gradients have no error"),
+        (lambda c: c["groups"][0]["rows"][0].update(right=1), "right is 1"),
+        (lambda c: c["groups"][0].update(host="a"), "host is unknown"),
+        (lambda c: c["environment"].pop("threads"), "environment: threads is missing"),
+        (lambda c: c["groups"].append(c["groups"][0]), "a case occurs twice"),
+        (lambda c: c.update(schema=0), "schema must be 1"),
+        (lambda c: c["groups"][0]["rows"][0]["wall_ratios"]["eager"].pop("low"), "low is missing"),
+    ],
+)
+def test_what_is_no_valid_file(measured, change, message):
+    content = results.read(measured)
+    change(content)
+    assert any(message in problem for problem in results.problems_of(content))
+
+
+def test_a_regression_is_found_and_the_machine_taken_out(measured, monkeypatch):
+    old = results.read(measured)
+    for group in old["groups"]:
+        group["noise_band"] = 0.05
+    slower, slow_machine = copy.deepcopy(old), copy.deepcopy(old)
+    for new, forms in ((slower, {"gresbox"}), (slow_machine, {"gresbox", "eager"})):
+        for row in (row for group in new["groups"] for row in group["rows"] if row["form"] in forms):
+            row["ms"] *= 1.2
+    assert all(change.regressed for change in compare.changes(old, slower))
+    assert not any(change.regressed for change in compare.changes(old, slow_machine))
+    path = measured.with_name("new.json")
+    for content, code in ((slower, 1), (old, 0)):
+        measured.write_text(json.dumps(old))
+        path.write_text(json.dumps(content))
+        monkeypatch.setattr(sys, "argv", ["compare", str(measured), str(path)])
+        assert compare.main() == code
+
+
+def test_verdicts_are_read_from_the_files(measured):
+    content = results.read(measured)
+    modules = {"ops": {"square": square_module()}}
+    row = content["groups"][0]["rows"][0]
+    row["wall_ratios"]["eager"] = {"ratio": 1.5, "low": 1.4, "high": 1.6}
+    content["groups"][0]["noise_band"] = 0.1
+    target = Target("gresbox", "eager", "small", "forward", at_least=1.4)
+    assert page.verdict(content, target, modules) == "met: 1.50x"
+    assert page.verdict(None, target, modules) == "not yet measured"
+    assert page.verdict(content, Target("gresbox", "eager", "small", "forward", at_least=1.6), modules) == "**missed**: 1.50x"
+    assert page.verdict(content, Target("gresbox", "gone", "small", "forward", at_least=1), modules) == "not run: is not installed"
+    assert page.verdict(content, Target("gresbox", None, "small", "forward", microseconds_at_most=1e9), modules).startswith("met")
+    assert page.verdict(content, Target("gresbox", None, "small", "forward", syncs_at_most=0), modules) == "**missed**: None waits"
+    row["wall_ratios"]["eager"]["ratio"] = 0.95
+    assert page.verdict(content, Target("gresbox", "eager", "small", "forward", at_least=1.0), modules) == "met: 0.95x"
+    row["right"] = False
+    assert "wrong" in page.verdict(content, target, modules)
+
+
+def test_marked_blocks_are_filled(measured):
+    files = results.read_all(measured.parent)
+    text = page.filled("before\n<!-- benchmarks: square -->\nold\n<!-- end -->\nafter", files)
+    assert text.startswith("before\n<!-- benchmarks: square -->\n\ncpu, measured at")
+    assert "| small | forward | gresbox |" in text
+    assert "old" not in text
+    assert text.endswith("<!-- end -->\nafter")
+    assert page.filled(text, files) == text
+
+
+def test_plots_are_drawn(measured):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plot
+
+    drawn = plot.draw_all(results.read_all(measured.parent), measured.parent)
+    assert {path.name for path in drawn} >= {"benchmarks_ratios--cpu.png", "benchmarks_roofline--cpu.png"}
+
+
+def test_ceilings_are_rates(monkeypatch):
+    monkeypatch.setattr("benchmarks.ceilings.best", lambda call, device, **options: 1e-3)
+    found = measure_ceilings(CPU)
+    assert found["copy_bytes"] > 1e9
+    assert found.keys() >= {"copy_bytes", "matmul_float32_flops", "gather_bytes", "launch_seconds"}
+
+
+def modules():
+    return program.modules_of(["all"])
+
+
+def test_every_benchmark_is_in_form():
+    for name, module in modules().items():
+        assert module.__doc__, name
+        assert {case for cases in module.ON.values() for case in cases} <= module.CASES.keys(), name
+        assert module.ON.keys() == {"cpu", "cuda"}, name
+        for target in getattr(module, "TARGETS", []):
+            assert target.case in module.ON[target.device], f"{name}: {target}"
+            assert target.form.startswith("gresbox"), f"{name}: {target}"
+        for device in ("cpu",):
+            forms = module.forms(device)
+            assert any(form.startswith("gresbox") for form in forms), name
+            named = {target.form for target in getattr(module, "TARGETS", []) if target.device == device}
+            named |= {target.peer for target in getattr(module, "TARGETS", []) if target.device == device and target.peer}
+            assert named <= forms.keys(), f"{name}: {named - forms.keys()}"
+
+
+def test_the_files_in_results_are_valid():
+    paths = sorted((ROOT / "benchmarks" / "results").glob("*/*--*.json"))
+    versions = [path for path in paths if path.parent.name[0].isdigit()]
+    for path in versions:
+        content = results.read(path)
+        assert path.name == f"{content['what']}--{content['device']}.json"
+        assert path.parent.name == content["version"]
+        text = path.read_text(encoding="utf-8")
+        assert not [part for part in ("/home/", "/work/", "/root/", "hostname") if part in text]
+
+
+def test_the_documentation_holds_what_the_files_say():
+    for path, text in page.pages().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not that of the files; run python -m benchmarks.page"
+
+
+def test_no_result_is_of_another_version_than_its_folder():
+    folder = ROOT / "benchmarks" / "results" / __version__
+    assert all(results.read(path)["version"] == __version__ for path in folder.glob("*--*.json"))
+
+
+def test_compiled_forms_are_compiled_once_for_their_case():
+    form = compiled(lambda x: x + 1, backend="eager")
+    assert form(x=torch.ones(2)).tolist() == [2, 2]
+    made = form.made
+    form(x=torch.zeros(2))
+    assert form.made is made
