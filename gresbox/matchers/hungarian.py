@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from gresbox._checks import check_choice, check_range, check_shape, check_targets
 from gresbox.ops import align_phrases, assign, point_sample, query_mask_cost, stack_masks
-from gresbox.structures import GresTarget, InstancePrediction
+from gresbox.ops._late_errors import LateError
+from gresbox.structures import GresTarget, InstancePrediction, PaddedTargets
 
 __all__ = ["HungarianInstanceMatcher"]
 
@@ -25,8 +26,9 @@ class HungarianInstanceMatcher(nn.Module):
     Differs from the paper: nothing. Masks are compared on all pixels at their own size, with area-averaged targets;
     ``num_points=12544`` compares them on random points, as Mask2Former does.
 
-    All steps whose ``pixels`` are one tensor are priced in one pass, and one assignment serves the whole batch: a single copy from
-    the device per call. Nothing here carries a gradient.
+    All steps whose ``pixels`` are one tensor are priced in one pass, and one assignment serves the whole batch. Where kernels
+    run nothing waits for the device, and a NaN is reported by a later call (see :func:`gresbox.ops.assign`); elsewhere there is a
+    single copy from the device per call. Nothing here carries a gradient.
 
     Args:
         score: Weight of the score cost.
@@ -41,7 +43,8 @@ class HungarianInstanceMatcher(nn.Module):
     Shape:
         - ``forward(prediction, targets)`` returns one pair ``(query_idx, target_idx)`` of int64 per image, each ``(min(N, M_b),)``,
           ordered by target.
-        - ``match_steps(predictions, targets)`` returns ``(S, B, M)`` int64: the query of each target, -1 where none.
+        - ``match_steps(predictions, targets)`` returns ``(S, B, M)`` int64: the query of each target, -1 where none; it takes
+          :class:`~gresbox.structures.PaddedTargets` too.
 
     Raises:
         TypeError: If a target is not a GresTarget.
@@ -101,7 +104,7 @@ class HungarianInstanceMatcher(nn.Module):
     def match_steps(
         self,
         predictions: Sequence[InstancePrediction],
-        targets: Sequence[GresTarget],
+        targets: Sequence[GresTarget] | PaddedTargets,
         *,
         first_phrase_step: int | None = None,
     ) -> Tensor:
@@ -109,7 +112,7 @@ class HungarianInstanceMatcher(nn.Module):
 
         Args:
             predictions: The steps, all with the same numbers of images and queries.
-            targets: One target per image.
+            targets: One target per image, or all of them padded.
             first_phrase_step: Overrides the matcher's own; the number of steps or more switches the phrase cost off.
 
         Shape:
@@ -119,29 +122,31 @@ class HungarianInstanceMatcher(nn.Module):
         check_targets("HungarianInstanceMatcher", targets, predictions[0].score_logits)
         scores = torch.stack([step.score_logits for step in predictions])  # (S, B, N)
         steps, batch, queries = scores.shape
-        counts = [target.masks.shape[0] for target in targets]
+        masks = list(targets.masks) if isinstance(targets, PaddedTargets) else [target.masks for target in targets]
+        counts = [part.shape[0] for part in masks]
         if max(counts, default=0) == 0:
             return scores.new_empty((steps, batch, 0), dtype=torch.int64)
         cost = _wide(scores).new_zeros((steps, batch, queries, max(counts)))
         if self.mask:
-            bce, dice = self._mask_costs(predictions, targets)
+            bce, dice = self._mask_costs(predictions, masks)
             cost += self.mask * (bce + dice)
         if self.score:
             cost += self.score * F.softplus(-_wide(scores))[..., None]
         first = self.first_phrase_step if first_phrase_step is None else first_phrase_step
         if self.phrase and first < steps:
             cost[first:] += self.phrase * _phrase_costs(predictions[first:])[..., None]
-        num_targets = torch.tensor(counts * steps)
+        num_targets = targets.counts.repeat(steps) if isinstance(targets, PaddedTargets) else torch.tensor(counts * steps)
         try:
             rows = assign(cost.flatten(0, 1), num_targets, nan=self.nan)
+        except LateError:  # of an earlier batch: this one's inputs say nothing about it
+            raise
         except ValueError as error:
             raise ValueError(self._blame(predictions, first)) from error
         return rows.unflatten(0, (steps, batch))
 
-    def _mask_costs(self, predictions: Sequence[InstancePrediction], targets: Sequence[GresTarget]) -> tuple[Tensor, Tensor]:
+    def _mask_costs(self, predictions: Sequence[InstancePrediction], masks: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Binary cross-entropy and dice of every query with every target, two ``(S, B, N, M)``."""
         pixels = predictions[0].pixels
-        masks = [target.masks for target in targets]
         points = None
         if self.num_points is None:
             truth, _ = stack_masks(masks, (pixels.shape[-2], pixels.shape[-1]))
@@ -150,11 +155,14 @@ class HungarianInstanceMatcher(nn.Module):
             points = torch.rand(size, generator=self.generator, device=pixels.device)
             truth = point_sample(stack_masks(masks)[0], points)[..., None]  # (B, M, P, 1)
         if all(step.pixels is pixels for step in predictions):
-            queries = _wide(torch.cat([step.mask_embeddings for step in predictions], 1))  # (B, S * N, C): one pass over the pixels
-            bce, dice = query_mask_cost(queries, _at(pixels, points), truth)
+            queries = torch.cat([step.mask_embeddings for step in predictions], 1)  # (B, S * N, C): one pass over the pixels
+            bce, dice = query_mask_cost(queries, _at(pixels, points), truth, dtype=_wide_dtype(queries))
             shape = (len(predictions), -1)
             return bce.unflatten(1, shape).transpose(0, 1), dice.unflatten(1, shape).transpose(0, 1)
-        costs = [query_mask_cost(_wide(step.mask_embeddings), _at(step.pixels, points), truth) for step in predictions]
+        costs = [
+            query_mask_cost(step.mask_embeddings, _at(step.pixels, points), truth, dtype=_wide_dtype(step.mask_embeddings))
+            for step in predictions
+        ]
         return torch.stack([bce for bce, _ in costs]), torch.stack([dice for _, dice in costs])
 
     def _blame(self, predictions: Sequence[InstancePrediction], first_phrase_step: int) -> str:
@@ -192,9 +200,13 @@ def _check_steps(predictions: Sequence[InstancePrediction]) -> None:
     check_shape("HungarianInstanceMatcher", **sizes)
 
 
-def _wide(queries: Tensor) -> Tensor:
-    """Queries in float32 at least: costs come back in their dtype, and costs rounded to 16 bits would tie."""
-    return queries.to(torch.promote_types(queries.dtype, torch.float32))
+def _wide_dtype(values: Tensor) -> torch.dtype:
+    """Float32 at least: costs rounded to 16 bits would tie."""
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(_wide_dtype(values))
 
 
 def _at(pixels: Tensor, points: Tensor | None) -> Tensor:

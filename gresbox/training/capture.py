@@ -111,7 +111,8 @@ class CapturedStep:
             raise RuntimeError(f"capture_step: CUDA graphs need a CUDA device, got a model on {device}.")
         half = _SecondHalf(self.model, self.criterion, self.autocast)  # a new one: recording replaces its forward
         sample = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in arguments)
-        return torch.cuda.make_graphed_callables(half, sample, allow_unused_input=True)
+        graphed: Any = torch.cuda.make_graphed_callables(half, sample, allow_unused_input=True)
+        return graphed
 
     def __repr__(self) -> str:
         return f"CapturedStep(most={self.most}, max_tokens={self.max_tokens})"

@@ -243,7 +243,7 @@ class Trainer:
             reason = "without aml" if self.aml is not None else "with one process"
             raise ValueError(f"train: `capture` must be 0 or the training {reason}, got {self.options.capture}.")
         dtype = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.recipe.amp]
-        max_tokens = self.plain.processor.max_tokens
+        max_tokens: int = self.plain.processor.max_tokens  # type: ignore[union-attr,assignment]
         return capture_step(self.plain, self.criterion, most=self.options.capture, max_tokens=max_tokens, autocast=dtype)
 
     def _num_instances(self, batches: list[TrainingBatch]) -> float | Tensor:
