@@ -195,7 +195,8 @@ def made_up(scores, existence=20.0, queries=4):
     return GresOutput(torch.full((count, 8, 8), -9.0), torch.zeros(count), step, extras=extras)
 
 
-def test_nothing_is_answered_exactly_where_no_query_is_kept(tiny):
+def test_nothing_is_answered_exactly_where_no_query_is_kept():
+    tiny = create_model("igvg_tiny", score_threshold=0.7)  # the paper's
     output = made_up([[0.9, 0.1, 0.8, 0.2], [0.69, 0.6, 0.1, 0.1], [0.71, 0.6, 0.1, 0.1]])
     answers = tiny.postprocess(output, [(16, 16)] * 3, texts=TEXTS)
     official = InstancePostprocess()(output, [(16, 16)] * 3, TEXTS)
