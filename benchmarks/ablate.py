@@ -59,10 +59,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps of a cell (default: the suite's)")
     parser.add_argument("--samples", type=int, help="validation samples (default: the suite's)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: the suite's)")
+    parser.add_argument(
+        "--start", type=Path, metavar="FOLDER", help="a trained model, for the suites whose cells start from its encoder"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="holds a folder of results per suite")
     args = parser.parse_args()
     suite = SUITES[args.suite]
-    given = {name: getattr(args, name) for name in ("steps", "samples", "threads") if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("steps", "samples", "threads", "start") if getattr(args, name) is not None}
     if args.list:
         show(suite, args.out)
     if args.cells:

@@ -51,6 +51,7 @@ def cell_of(suite, name, seed, value=50.0):
         "curve": curve,
         "shares": shares,
         "CoverAcc_of_first_points": [1.0] * 10,
+        "start": {"steps": 9.0, "gIoU": 60.0},
     }
 
 
@@ -121,6 +122,18 @@ def test_finished_cells_are_not_run_again(modules, tmp_path, capsys):
     write_cells(suite, tmp_path)
     modules.ablate.run_cells(suite, suite.cells, suite.budget, tmp_path)
     assert capsys.readouterr().out.count("done before") == len(suite.cells)
+
+
+def test_cells_of_igvg_start_from_a_trained_encoder(modules, tmp_path):
+    with pytest.raises(SystemExit, match="--start must be the folder of a trained igvg_tiny"):
+        modules.igvg.pretrained_encoder(tmp_path)
+    model = modules.igvg.create(modules.igvg.VARIANTS["default"])
+    model.save_pretrained(str(tmp_path))
+    metrics = {"steps": 9.0, "batch": 4, "seed": 0, "gIoU": 60.0, "cIoU": 50.0}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    weights, about = modules.igvg.pretrained_encoder(tmp_path)
+    assert about == {"model": "igvg_tiny", "steps": 9.0, "batch": 4, "seed": 0, "gIoU": 60.0}
+    modules.igvg.create(modules.igvg.VARIANTS["none"]).encoder.load_state_dict(weights)
 
 
 def test_every_switch_of_igvg_builds_another_model(modules):

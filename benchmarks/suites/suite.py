@@ -54,12 +54,14 @@ class Budget:
         samples: Validation samples.
         threads: CPU threads.
         batch: Samples per step.
+        start: Folder of a trained model whose encoder a cell starts from, in the suites that want one.
     """
 
     steps: int
     samples: int
     threads: int = 2
     batch: int = 32
+    start: Path | None = None
 
 
 @dataclass(frozen=True)
