@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CLOCKS = ("wall", "graph")
+GRAPH_SHARE = 0.12  # of the device's memory that one form's graph may keep
 SHORTEST = 2e-3  # seconds; shorter calls are repeated within a sample on the CPU
 Sample = dict[tuple[str, str], float]
 Run = Callable[..., tuple[list[Tensor], list[Tensor | None]]]
@@ -100,7 +101,7 @@ class CUDATimer(Timer):
         properties = torch.cuda.get_device_properties(device)
         self.cache = torch.empty(4 * getattr(properties, "L2_cache_size", 64 << 20), dtype=torch.int8, device=device)
         self.syncs = self._count_syncs()
-        self.graph, self.results = None, None
+        self.graph, self.results, self.extra = None, None, 0
 
     def warm_up(self, quick: bool) -> float:
         for _ in range(3 if quick else 10):
@@ -149,7 +150,8 @@ class CUDATimer(Timer):
         outputs, gradients = self.run()
         torch.cuda.synchronize(self.device)
         peak = torch.cuda.max_memory_allocated(self.device) - before
-        return max(0, peak - stored_bytes([*outputs, *gradients]))
+        self.extra = max(0, peak - stored_bytes([*outputs, *gradients]))
+        return self.extra
 
     def close(self) -> None:
         self.graph, self.results, self.cache = None, None, torch.empty(0)
@@ -175,6 +177,9 @@ class CUDATimer(Timer):
     def _capture(self) -> None:
         if self.syncs:
             self.graph_failure = f"waits for the device {self.syncs} times"
+            return
+        if self.extra > GRAPH_SHARE * torch.cuda.mem_get_info(self.device)[1]:
+            self.graph_failure = "a graph keeps its memory, and this one's would not leave room for the other forms"
             return
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))

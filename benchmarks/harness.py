@@ -240,6 +240,8 @@ class Scene:
             try:
                 runner = Runner(name, form, self, backward)
             except FAILURES as failure:
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()  # it may have been memory that failed
                 reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
                 if is_ours(name):
                     raise RuntimeError(f"{self.module.__name__}, {self.case}: {name} fails: {reason}") from failure

@@ -59,7 +59,7 @@ It needs the repository and PyTorch; a peer that is not installed is named as no
 
 def render(files: Files, modules: dict[str, dict[str, ModuleType]]) -> str:
     """The page ``docs/benchmarks.md``."""
-    devices = sorted({device for _, device in files}, key=lambda device: (device != "cpu", device))
+    devices = sorted({"cpu", *(device for _, device in files)}, key=lambda device: (device != "cpu", device))
     parts = [HEAD, "## Where\n", *_environments(files, devices), "## Targets\n", *_targets(files, modules, devices)]
     for device in devices:
         for name, title in (("ratios", "Ratios to the peers"), ("roofline", "Rooflines"), ("memory", "Extra memory")):
@@ -83,8 +83,10 @@ def _summary(module: ModuleType) -> str:
 
 def _environments(files: Files, devices: Sequence[str]) -> Iterator[str]:
     for device in devices:
-        seen = [content["environment"] for (_, where), content in files.items() if where == device]
-        first = seen[0]
+        first = next((content["environment"] for (_, where), content in files.items() if where == device), None)
+        if first is None:
+            yield f"- **{device}**: {NOT_YET}."
+            continue
         packages = ", ".join(f"{name} {number}" for name, number in first["packages"].items() if number != "not installed")
         yield (
             f"- **{device}**: {first['processor']}, {first['cores']} cores, {first['threads']} threads, {first['timer']}, "

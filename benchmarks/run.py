@@ -179,7 +179,7 @@ def show(piece: Piece, groups: Sequence[dict[str, Any]], seconds: float) -> None
             note = row["differs"] or ("" if row["right"] else "WRONG")
             line = f"    {row['form']:28} {row['ms']:10.3f} ms{memory}  error {error:.1e}  {note}"
             if is_ours(row["form"]):
-                line += "  ".join(f"{peer} {ratio['ratio']:.2f}x" for peer, ratio in row["wall_ratios"].items())
+                line += "  " * bool(note) + "  ".join(f"{peer} {ratio['ratio']:.2f}x" for peer, ratio in row["wall_ratios"].items())
             print(line.rstrip())
         for form, reason in group["not_run"].items():
             print(f"    {form:28} not run: {reason}")

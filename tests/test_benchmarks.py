@@ -174,14 +174,29 @@ def test_the_exact_assignment_of_the_references():
         assert cost[rows, range(cost.shape[1])].sum() == pytest.approx(cost[best, columns].sum().item())
 
 
-@pytest.fixture
-def measured(tmp_path, monkeypatch):
-    """A result file of the square, in a folder of its own, made by the program."""
+@pytest.fixture(scope="module")
+def text_of_file(tmp_path_factory):
+    """What the program writes about the square."""
+    folder = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        run_square(patch, folder)
+        assert program.main() == 0
+    return (folder / "square--cpu.json").read_text()
+
+
+def run_square(monkeypatch, folder, *arguments):
     monkeypatch.setattr(program, "modules_of", lambda words: {"square": square_module()})
     monkeypatch.setattr(program, "measure_ceilings", lambda device: CEILINGS)
-    monkeypatch.setattr(sys, "argv", ["run", "square", "--out", str(tmp_path), "--seconds", "0"])
-    assert program.main() == 0
-    return tmp_path / "square--cpu.json"
+    monkeypatch.setattr(sys, "argv", ["run", "square", "--out", str(folder), "--seconds", "0", *arguments])
+
+
+@pytest.fixture
+def measured(text_of_file, tmp_path, monkeypatch):
+    """Its file in a folder of its own; the program is about to run on it again."""
+    run_square(monkeypatch, tmp_path)
+    path = tmp_path / "square--cpu.json"
+    path.write_text(text_of_file)
+    return path
 
 
 def test_the_program_writes_resumes_and_refuses_what_was_measured_elsewhere(measured, monkeypatch, capsys):

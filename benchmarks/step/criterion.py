@@ -23,8 +23,12 @@ from gresbox.ops import align_phrases
 from gresbox.structures import GresOutput, GresTarget, InstancePrediction
 
 SIZES = {"N": 100, "C": 256, "H": 120, "L": 20, "image": 480}
-CASES = {"4 images": {"S": 10, "B": 4, **SIZES}, "32 images": {"S": 10, "B": 32, **SIZES}}
-ON = {"cpu": ("4 images",), "cuda": ("32 images", "4 images")}
+CASES = {
+    "2 images, 4 steps": {"S": 4, "B": 2, **SIZES},
+    "4 images": {"S": 10, "B": 4, **SIZES},
+    "32 images": {"S": 10, "B": 32, **SIZES},
+}
+ON = {"cpu": ("2 images, 4 steps",), "cuda": ("32 images", "4 images")}
 DTYPES = {"cpu": ("float32",), "cuda": ("float32", "bfloat16")}
 DIFFERENTIABLE = ("embeddings", "pixels", "scores", "queries", "tokens", "merged", "no_target")
 
