@@ -133,8 +133,11 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _saving(layout: _Layout) -> Callable[..., None]:
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        kept = [output[index] for index in layout.auxiliary]
+        outputs = [output] if isinstance(output, Tensor) else output
+        kept = [outputs[index] for index in layout.auxiliary]
         ctx.mark_non_differentiable(*kept)
+        ctx.set_materialize_grads(False)  # what is kept may be large, and zeros of its shape would be made for nothing
+        ctx.like = [(out.shape, out.dtype, out.device) for out in _without(outputs, layout.auxiliary)]
         ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *kept)
         ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
@@ -146,7 +149,10 @@ def _differentiation(backward_op: Any, layout: _Layout) -> Callable[..., Any]:
         saved = iter(ctx.saved_tensors)
         arguments = [next(saved) if other is None else other[0] for other in ctx.others]
         needs = [bool(ctx.needs_input_grad[place]) and arguments[place] is not None for place in layout.places]
-        read = [grad for index, grad in enumerate(grads) if index not in layout.auxiliary]
+        read = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(_without(grads, layout.auxiliary), ctx.like, strict=True)
+        ]
         found = backward_op(*read, *arguments, *saved, needs)
         results: list[Tensor | None] = [None] * layout.count
         for place, need, gradient in zip(layout.places, needs, (found,) if len(needs) == 1 else found, strict=True):
@@ -154,6 +160,10 @@ def _differentiation(backward_op: Any, layout: _Layout) -> Callable[..., Any]:
         return tuple(results)
 
     return differentiate
+
+
+def _without(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    return [value for index, value in enumerate(values) if index not in places]
 
 
 def _returning(forms: Forms, layout: _Layout) -> Forms:
