@@ -1,13 +1,15 @@
-"""Compile the launches of one kernel file for one architecture, without a GPU, and print what each needs as JSON lines.
+"""Compile the launches of one kernel file, without a GPU, and print what each needs as JSON lines.
 
-Run as ``python compile_kernels.py NAME ARCH [all]``; without ``all`` only the first launch of each kernel. One process per file and
-architecture: the compiler aborts the process that it fails in, and what was printed before tells which launch it was.
+Run as ``python compile_kernels.py NAME ARCH[,ARCH...] [all]``; without ``all`` only the first launch of each kernel. Each
+architecture has a process of its own: the compiler may abort the process that it fails in, and what was printed before tells which
+launch it was.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,16 +66,29 @@ def _tool(option: str, path: Path) -> str:
     return subprocess.run([TOOLS / "cuobjdump", option, path], capture_output=True, text=True, check=True).stdout
 
 
-def main(name: str, arch: str, everything: bool) -> None:
+def compile_for(name: str, arch: str, everything: bool) -> None:
     launches = importlib.import_module(f"gresbox.kernels.{name}").compilations(arch)
     seen = set()
     for label, launch in launches.items():
         if not everything and launch.kernel in seen:
             continue
         seen.add(launch.kernel)
-        print(json.dumps({"start": label}), flush=True)
-        print(json.dumps({"launch": label, **resources(compiled(launch, arch), arch)}), flush=True)
+        print(json.dumps({"start": label, "arch": arch}), flush=True)
+        print(json.dumps({"launch": label, "arch": arch, **resources(compiled(launch, arch), arch)}), flush=True)
+
+
+def main(name: str, architectures: list[str], everything: bool) -> int:
+    """The number of architectures that failed. What is imported by now, PyTorch and Triton, is imported once for all of them."""
+    importlib.import_module(f"gresbox.kernels.{name}")
+    failed = 0
+    for arch in architectures:
+        child = os.fork()
+        if child == 0:
+            compile_for(name, arch, everything)
+            return 0
+        failed += os.waitpid(child, 0)[1] != 0
+    return failed
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3:] == ["all"])
+    sys.exit(main(sys.argv[1], sys.argv[2].split(","), sys.argv[3:] == ["all"]))

@@ -19,6 +19,7 @@ def test_interpreted(run_interpreted):
     run_interpreted("assignment")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [

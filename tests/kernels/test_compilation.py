@@ -28,23 +28,27 @@ FILE = {"sm_80": 65536, "sm_90": 65536, "gfx942": 512 * 4 * 64}  # registers tha
 WIDTH = {"sm_80": 32, "sm_90": 32, "gfx942": 64}
 
 
-def measured(cache, name: str, arch: str, everything: bool) -> dict[str, dict]:
-    """What each launch needs, from the last run if no source changed since."""
+def measured(cache, name: str, everything: bool) -> dict[str, dict[str, dict]]:
+    """By architecture and launch what it needs, from the last run if no source changed since."""
     sources = [COMPILE, ROOT / "gresbox" / "kernels" / f"{name}.py", *sorted((ROOT / "gresbox" / "kernels").glob("_*.py"))]
     text = "".join(path.read_text(encoding="utf-8") for path in sources)
     key = hashlib.sha256(f"{triton.__version__}{text}".encode()).hexdigest()
-    place = f"kernels/{name}-{arch}-{'all' if everything else 'default'}"
+    place = f"kernels/{name}-{'all' if everything else 'default'}"
     known = cache.get(place, None)
     if known is not None and known["key"] == key:
         return known["found"]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
-    command = [sys.executable, str(COMPILE), name, arch, *(["all"] if everything else [])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
+    command = [sys.executable, str(COMPILE), name, ",".join(ARCHITECTURES), *(["all"] if everything else [])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=False)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    started = [line["start"] for line in lines if "start" in line]
-    assert done.returncode == 0, f"{name} for {arch}: {started[-1:]} failed\n{done.stderr[-4000:]}"
-    found = {line.pop("launch"): line for line in lines if "launch" in line}
+    found: dict[str, dict[str, dict]] = {}
+    for line in lines:
+        if "launch" in line:
+            found.setdefault(line.pop("arch"), {})[line.pop("launch")] = line
+    started = [(line["arch"], line["start"]) for line in lines if "start" in line]
+    failed = [pair for pair in started if pair[1] not in found.get(pair[0], {})]
+    assert done.returncode == 0, f"{name}: {failed} failed\n{done.stderr[-4000:]}"
     cache.set(place, {"key": key, "found": found})
     return found
 
@@ -68,40 +72,45 @@ def exceeded(found: dict[str, int], budget: dict | None, arch: str) -> list[str]
     return problems
 
 
-def update(name: str, arch: str, found: dict[str, dict]) -> None:
-    known = json.loads(BUDGET.read_text(encoding="utf-8")) if BUDGET.exists() else {}
-    entries = known.setdefault(name, {}).setdefault(arch, {})
-    for label, needs in found.items():
-        limit = {"registers": min(-(-needs["registers"] // 32) * 32, 255 if arch != "gfx942" else 512)}
-        limit |= {"shared": -(-needs["shared"] // 4096) * 4096, "spills": needs["spills"], "matrix": needs["matrix"] > 0}
-        reason = entries.get(label, {}).get("reason")
-        entries[label] = limit | ({"reason": reason} if reason else {})
+def update(name: str, found: dict[str, dict[str, dict]], everything: bool) -> None:
+    known = json.loads(BUDGET.read_text(encoding="utf-8"))
+    for arch, launches in found.items():
+        before = known.setdefault(name, {}).setdefault(arch, {})
+        entries = {} if everything else dict(before)
+        for label, needs in launches.items():
+            limit = {"registers": min(-(-needs["registers"] // 32) * 32, 255 if arch != "gfx942" else 512)}
+            limit |= {"shared": -(-needs["shared"] // 4096) * 4096, "spills": needs["spills"], "matrix": needs["matrix"] > 0}
+            reason = before.get(label, {}).get("reason")
+            entries[label] = limit | ({"reason": reason} if reason else {})
+        known[name][arch] = entries
     BUDGET.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def check(cache, name: str, arch: str, everything: bool) -> None:
-    found = measured(cache, name, arch, everything)
-    assert found
+def check(cache, name: str, everything: bool) -> None:
+    found = measured(cache, name, everything)
+    assert set(found) == set(ARCHITECTURES)
     if os.environ.get("GRESBOX_UPDATE_BUDGET"):
-        update(name, arch, found)
-    budget = json.loads(BUDGET.read_text(encoding="utf-8")).get(name, {}).get(arch, {})
-    problems = {label: exceeded(needs, budget.get(label), arch) for label, needs in found.items()}
-    assert not any(problems.values()), "\n".join(f"{label}: {', '.join(found)}" for label, found in problems.items() if found)
-    if everything:
-        assert set(budget) == set(found), "the budget holds launches that are gone"
+        update(name, found, everything)
+    budget = json.loads(BUDGET.read_text(encoding="utf-8")).get(name, {})
+    problems = []
+    for arch, launches in found.items():
+        for label, needs in launches.items():
+            too_much = exceeded(needs, budget.get(arch, {}).get(label), arch)
+            problems += [f"{arch}, {label}: {', '.join(too_much)}"] if too_much else []
+        if everything:
+            problems += [f"{arch}, {label}: the launch is gone" for label in set(budget.get(arch, {})) - set(launches)]
+    assert not problems, "\n".join(problems)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_default_launch_of_every_kernel_compiles(pytestconfig, name, arch):
-    check(pytestconfig.cache, name, arch, everything=False)
+def test_the_default_launch_of_every_kernel_compiles(pytestconfig, name):
+    check(pytestconfig.cache, name, everything=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_launch_compiles(pytestconfig, name, arch):
-    check(pytestconfig.cache, name, arch, everything=True)
+def test_every_launch_compiles(pytestconfig, name):
+    check(pytestconfig.cache, name, everything=True)
 
 
 def test_a_budget_is_red_when_exceeded():

@@ -13,6 +13,7 @@ def test_interpreted(run_interpreted):
     run_interpreted("mask_costs")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new"),
     [
