@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from benchmarks.suites import aml, aml_tuning, igvg, instalign
-from benchmarks.suites.suite import DOCS, RESULTS, Budget, Suite, run, table
+from benchmarks.suites.suite import DOCS, RESULTS, Suite, run, table
 from gresbox._files import write_atomically
 
 SUITES: dict[str, Suite] = {module.SUITE.name: module.SUITE for module in (instalign, igvg, aml, aml_tuning)}
@@ -38,14 +39,15 @@ def write_page(suite: Suite, folder: Path, docs: Path = DOCS) -> None:
     print("\n".join(table(suite, found)))
 
 
-def run_cells(suite: Suite, cells: list[tuple[str, int]], budget: Budget, folder: Path) -> None:
-    """Run what has no file yet."""
+def run_cells(suite: Suite, cells: list[tuple[str, int]], given: dict[str, Any], folder: Path) -> None:
+    """Run what has no file yet; ``given`` are numbers of the budget that are asked for."""
     for name, seed in cells:
         path = suite.cell_file(folder, name, seed)
         if path.is_file():
             print(f"{path.name}: done before")
             continue
-        result = run(suite, name, seed, budget, folder)
+        steps = suite.variants[name].steps or suite.budget.steps
+        result = run(suite, name, seed, replace(suite.budget, **{"steps": steps, **given}), folder)
         numbers = "  ".join(f"{metric} {result['scores'][metric]:.1f}" for metric in suite.metrics)
         print(f"{path.name}: {numbers}  ({result['scores']['seconds']:.0f} s of training)", flush=True)
 
@@ -69,7 +71,7 @@ def main() -> None:
     if args.list:
         show(suite, args.out)
     if args.cells:
-        run_cells(suite, suite.chosen(args.cells), replace(suite.budget, **given), args.out)
+        run_cells(suite, suite.chosen(args.cells), given, args.out)
     if args.table:
         write_page(suite, args.out)
 

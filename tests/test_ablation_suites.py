@@ -120,8 +120,18 @@ def test_cells_of_two_budgets_make_no_table(modules):
 def test_finished_cells_are_not_run_again(modules, tmp_path, capsys):
     suite = modules.ablate.SUITES["igvg"]
     write_cells(suite, tmp_path)
-    modules.ablate.run_cells(suite, suite.cells, suite.budget, tmp_path)
+    modules.ablate.run_cells(suite, suite.cells, {}, tmp_path)
     assert capsys.readouterr().out.count("done before") == len(suite.cells)
+
+
+@pytest.mark.parametrize(("given", "steps"), [({}, 450), ({"steps": 3}, 3)])
+def test_a_variant_may_have_its_own_steps(modules, tmp_path, monkeypatch, capsys, given, steps):
+    suite, budgets = modules.ablate.SUITES["aml"], []
+    monkeypatch.setattr(
+        modules.ablate, "run", lambda suite, name, seed, budget, folder: budgets.append(budget) or cell_of(suite, name, seed)
+    )
+    modules.ablate.run_cells(suite, [("igvg_tiny-aml", 0)], given, tmp_path)
+    assert [(budget.steps, budget.batch) for budget in budgets] == [(steps, 16)]
 
 
 def test_cells_of_igvg_start_from_a_trained_encoder(modules, tmp_path):
@@ -186,6 +196,13 @@ def test_curves_are_read_at_equal_time(modules):
     assert modules.aml.equal_time(plain, masked) == (20.0, 5.0, 6.0)
     assert modules.aml.at_time(masked["curve"], 5.0) == 2.0
     assert modules.aml.at_time(masked["curve"], 50.0) == 8.0
+
+
+def test_the_page_of_some_models_names_those(modules):
+    suite = modules.ablate.SUITES["aml"]
+    found = {name: [{**cell_of(suite, name, seed), "start": None} for seed in (0, 1)] for name in suite.variants if "caris" in name}
+    page = suite.page(suite, found)
+    assert "3 steps for `caris_tiny`;" in page and "IGVG starts" not in page
 
 
 def test_the_log_gives_curve_and_shares(modules):

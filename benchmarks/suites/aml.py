@@ -1,4 +1,9 @@
-"""AML against the plain training and against random blocks, on clean and on spoilt pictures, for three models."""
+"""AML against the plain training and against random blocks, on clean and on spoilt pictures, for three models.
+
+    python -m benchmarks.ablate --suite aml --start runs/igvg_tiny --cells 1-27
+
+IGVG's cells start from the encoder of a whole training, which learns at a tenth of the rate, as those of the suite ``igvg``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.suites import igvg
 from benchmarks.suites.suite import (
     Budget,
     Cell,
@@ -27,13 +33,12 @@ from benchmarks.suites.suite import (
 LEVEL, SEVERITY = "basic", 3
 CURVE_POINTS, CURVE_SAMPLES, SPOILT_SAMPLES = 10, 250, 250
 SPOILT = "gIoU, spoilt"
-MODELS = ("caris_tiny", "instalign_tiny", "igvg_tiny")
-OVERRIDES = {"igvg_tiny": {"score_threshold": 0.5}}  # at the paper's 0.7 so short a training answers "nothing" far too often
+MODELS = {"caris_tiny": 1000, "instalign_tiny": 800, "igvg_tiny": 450}  # steps that take about as long
 WAYS = {"plain": "plain", "random": "random blocks", "aml": "AML"}
 
 VARIANTS = {
-    f"{model}-{way}": Variant(model, title, OVERRIDES.get(model, {}), options={"model": model, "way": way}, base=f"{model}-plain")
-    for model in MODELS
+    f"{model}-{way}": Variant(model, title, options={"model": model, "way": way}, base=f"{model}-plain", steps=steps)
+    for model, steps in MODELS.items()
     for way, title in WAYS.items()
 }
 
@@ -88,10 +93,9 @@ def masked_training(model: Any, way: str, **masking: Any) -> Any:
 def run_cell(variant: Variant, seed: int, budget: Budget) -> Cell:
     """Train one model in one way with one seed; score it on clean and on spoilt pictures."""
     from gresbox.data import CORRUPTIONS, Corrupt, SyntheticGRES
-    from gresbox.models import create_model
     from gresbox.training import EvaluationOptions, evaluate
 
-    model: Any = create_model(variant.options["model"], **variant.model)
+    model, start = start_model(variant.options["model"], budget.start)
     every = max(1, budget.steps // CURVE_POINTS)
     ended, log = train_model(
         model,
@@ -110,7 +114,19 @@ def run_cell(variant: Variant, seed: int, budget: Budget) -> Cell:
         scores[name] = evaluate(model, spoilt, options)["gIoU"]
     scores[SPOILT] = statistics.mean(scores[name] for name in CORRUPTIONS)
     scores |= {name: ended[name] for name in ("steps", "seconds")}
-    return {"scores": scores, "curve": curve_of(log), "shares": shares_of(log)}
+    return {"scores": scores, "curve": curve_of(log), "shares": shares_of(log), "start": start}
+
+
+def start_model(name: str, start: Path | None) -> tuple[Any, dict[str, Any] | None]:
+    """A model to train, and where its encoder comes from; None: from nothing."""
+    from gresbox.models import create_model
+
+    if name != "igvg_tiny":
+        return create_model(name), None
+    model = igvg.create(igvg.VARIANTS["default"])
+    weights, about = igvg.pretrained_encoder(start)
+    model.encoder.load_state_dict(weights)
+    return model, about
 
 
 def curve_of(log: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -179,25 +195,42 @@ def random_table(found: Cells) -> list[str]:
     return lines
 
 
+def setting(suite: Suite, found: Cells) -> list[str]:
+    """What the cells have in common."""
+    of_model = {model: {name: group for name, group in found.items() if name.startswith(model)} for model in MODELS}
+    budgets = {model: budget_of(cells) for model, cells in of_model.items() if cells}
+    budget = next(iter(budgets.values()))
+    steps = ", ".join(f"{budgets[model].steps} steps for `{model}`" for model in budgets)
+    cells = [cell for group in found.values() for cell in group]
+    seconds = statistics.median(cell["scores"]["seconds"] for cell in cells)
+    seeds = ", ".join(map(str, suite.seeds))
+    lines = [
+        f"Level {LEVEL}, {budget.batch} samples per step, {steps};",
+        f"{budget.samples} clean validation samples, {min(SPOILT_SAMPLES, budget.samples)} for each of the seven corruptions",
+        f"at severity {SEVERITY};",
+        f"{len(cells)} cells, seeds {seeds}, {budget.threads} CPU thread(s) a cell, {seconds:.0f} s of training in the median.",
+        "Mean ± standard deviation over seeds in percent; in brackets the difference to the plain training of the same model,",
+        "or an equals sign where it is smaller than the larger of the two spreads. 'Spoilt' is the mean of the corruptions.",
+        "All ways of training a model have the same steps, samples and schedule. AML has its defaults, blocks of 8 px.",
+    ]
+    for start in [cell["start"] for cell in cells if cell["start"]][:1]:
+        trained = f"{start['steps']:.0f} steps, gIoU {start['gIoU']:.1f}"
+        lines += [
+            f"IGVG starts from the encoder of one whole training ({trained}),",
+            "which learns at a tenth of the rate; the others start from nothing.",
+        ]
+    return lines
+
+
 def page(suite: Suite, found: Cells) -> str:
     """The documentation's page."""
     from gresbox.data import CORRUPTIONS
 
-    budget = budget_of(found)
-    cells = [cell for group in found.values() for cell in group]
-    typical = statistics.median(cell["scores"]["seconds"] for cell in cells)
-    seeds = ", ".join(map(str, suite.seeds))
     return "\n".join(
         [
             "# AML on the synthetic benchmark",
             "",
-            f"`caris_tiny`, `instalign_tiny` and `igvg_tiny`, level {LEVEL}, {budget.steps} steps of {budget.batch} samples;",
-            f"{budget.samples} clean validation samples, {min(SPOILT_SAMPLES, budget.samples)} for each of the seven corruptions",
-            f"at severity {SEVERITY};",
-            f"{len(cells)} cells, seeds {seeds}, {budget.threads} CPU thread(s) a cell, {typical:.0f} s of training in the median.",
-            "Mean ± standard deviation over seeds in percent; in brackets the difference to the plain training of the same model,",
-            "or an equals sign where it is smaller than the larger of the two spreads. 'Spoilt' is the mean of the corruptions.",
-            "All ways of training have the same steps, samples and schedule. AML has its defaults, blocks of 8 px.",
+            *setting(suite, found),
             "",
             *table(suite, found),
             "",
@@ -216,7 +249,7 @@ def page(suite: Suite, found: Cells) -> str:
             "## Equal wall time",
             "",
             "AML's steps take longer. The table reads both curves at the time at which the first of the two runs of a seed ended,",
-            f"on straight lines between {CURVE_POINTS} evaluations on the first {min(CURVE_SAMPLES, budget.samples)} samples;",
+            f"on straight lines between {CURVE_POINTS} evaluations on the first {CURVE_SAMPLES} validation samples;",
             "evaluations take no part in the time. The run that is still going then has not reached the end of its learning-rate",
             "schedule, which is to its disadvantage.",
             "",
@@ -261,7 +294,7 @@ SUITE = Suite(
     about="plain training, random blocks and AML for three models",
     variants=VARIANTS,
     metrics=("gIoU", "cIoU", "N_acc", "T_acc", SPOILT),
-    budget=Budget(steps=700, samples=1000, threads=1, batch=16),
+    budget=Budget(steps=800, samples=1000, threads=1, batch=16),
     run_cell=run_cell,
     page=page,
     plot=plot,

@@ -33,6 +33,7 @@ class Variant:
         title: How the table calls it.
         model: Fields of the model's config.
         criterion: Options of the criterion, or weights of it, as the suite says.
+        steps: Optimiser steps where they are not the suite's.
         options: What else the suite reads.
         base: The variant that it is compared with.
     """
@@ -43,6 +44,7 @@ class Variant:
     criterion: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     base: str = "default"
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
