@@ -45,8 +45,6 @@ during a call beyond its results; on the CPU those that PyTorch makes.
 from __future__ import annotations
 
 import gc
-import random
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -57,10 +55,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from benchmarks.clocks import CLOCKS, Timer
+from benchmarks.rounds import AGAIN, Rounds
 from gresbox.testing import TOLERANCES, relative_error
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
-AGAIN = " (again)"  # the second run of the same code
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError, AttributeError, KeyError)
 Inputs = dict[str, Any]
@@ -216,6 +214,19 @@ class Scene:
         self.wanted = [out.detach() for out in outputs]
         self.wanted_gradients = take_gradients(outputs, self.weights, leaves) if leaves else []
 
+    def error_of_gradients(self, gradients: Sequence[Tensor | None]) -> float:
+        """The largest error of an input's gradient; a dict of inputs is one: a part of it may have none but rounding errors."""
+        errors, start = [0.0], 0
+        for name in self.module.DIFFERENTIABLE:
+            parts = tree_leaves(self.inputs[name])
+            whole = []
+            for side in (gradients, self.wanted_gradients):
+                own = zip(side[start : start + len(parts)], parts, strict=True)
+                whole.append(torch.cat([(torch.zeros_like(x) if g is None else g).double().flatten() for g, x in own]))
+            errors.append(largest_error(whole[:1], whole[1:]))
+            start += len(parts)
+        return max(errors)
+
     def usable(self, peers: Sequence[str]) -> tuple[dict[str, Form], dict[str, str]]:
         """The forms that can run, and why the others cannot."""
         usable: dict[str, Form] = {}
@@ -297,7 +308,7 @@ class Runner:
         measure_error = getattr(scene.module, "error", None)
         shown = [out.detach() for out in outputs]
         self.error = measure_error(shown, scene.wanted, scene.inputs) if measure_error else largest_error(shown, scene.wanted)
-        self.error_gradients = largest_error(gradients, scene.wanted_gradients) if backward else None
+        self.error_gradients = scene.error_of_gradients(gradients) if backward else None
         self.right = max(self.error, self.error_gradients or 0.0) <= scene.tolerance
         del outputs, gradients, shown
         self.timer = Timer.of(scene.device, self.run)
@@ -337,50 +348,6 @@ class Runner:
 
     def close(self) -> None:
         self.timer.close()
-
-
-class Rounds:
-    """The times of all rounds: ``times[name][direction, clock]`` is a list with one number per round, in seconds."""
-
-    def __init__(self, names: Sequence[str], again: str | None) -> None:
-        self.times: dict[str, dict[tuple[str, str], list[float]]] = {name: {} for name in names}
-        self.again, self.count = again, 0
-
-    def add(self, name: str, sample: Mapping[tuple[str, str], float]) -> None:
-        for key, value in sample.items():
-            self.times[name].setdefault(key, []).append(value)
-
-    def summary(self, name: str, direction: str) -> dict[str, float | None]:
-        times = self.times[name][direction, "wall"]
-        graph = self.times[name].get((direction, "graph"))
-        low, middle, high = quantile(times, 0.2), statistics.median(times), quantile(times, 0.8)
-        return {
-            "ms": _milliseconds(middle),
-            "ms_low": _milliseconds(low),
-            "ms_high": _milliseconds(high),
-            "graph_ms": _milliseconds(statistics.median(graph)) if graph else None,
-        }
-
-    def ratios(self, ours: str, peers: Sequence[str], direction: str, clock: str) -> dict[str, dict[str, float]]:
-        key = direction, clock
-        if key not in self.times[ours]:
-            return {}
-        found = {}
-        for peer in peers:
-            if key in self.times[peer]:
-                shares = [b / a for a, b in zip(self.times[ours][key], self.times[peer][key], strict=True)]
-                low, high = median_interval(shares)
-                found[peer] = {"ratio": round(statistics.median(shares), 4), "low": round(low, 4), "high": round(high, 4)}
-        return found
-
-    def noise_band(self, direction: str) -> float | None:
-        """How far from 1 the ratio of two runs of the same code may be."""
-        if self.again is None:
-            return None
-        key = direction, "wall"
-        pairs = zip(self.times[self.again][key], self.times[self.again + AGAIN][key], strict=True)
-        low, high = median_interval([a / b for a, b in pairs])
-        return round(max(high - 1, 1 - low), 4)
 
 
 def run_rounds(runners: Sequence[Runner], device: torch.device, seconds: float, quick: bool) -> Rounds:
@@ -430,22 +397,6 @@ def largest_error(got: Sequence[Tensor | None], wanted: Sequence[Tensor | None])
         else:
             errors.append((out != ref).double().mean().item() if ref.numel() else 0.0)
     return max(errors)
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
-
-
-def median_interval(values: Sequence[float], draws: int = 400) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the median; the same numbers for the same values."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(draws))
-    return medians[int(0.025 * draws)], medians[int(0.975 * draws)]
-
-
-def _milliseconds(value: float) -> float:
-    return float(f"{1e3 * value:.4g}")
 
 
 def _in_double(value: Any) -> Any:

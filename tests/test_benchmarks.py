@@ -18,8 +18,9 @@ from benchmarks import compare, page, results
 from benchmarks import run as program
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.clocks import CPUTimer
-from benchmarks.harness import Cost, Form, Target, compiled, largest_error, measure, median_interval, missing
+from benchmarks.harness import Cost, Form, Target, compiled, largest_error, measure, missing
 from benchmarks.peers.mask2former import assign_exactly
+from benchmarks.rounds import median_interval
 from gresbox import __version__
 
 CPU = torch.device("cpu")
@@ -131,6 +132,18 @@ def test_inputs_may_be_dicts_with_gradients():
         make_inputs=lambda case, device, dtype, generator: {"parts": {"a": torch.randn(4), "b": torch.randn(4)}},
         forms=lambda device: {"gresbox": lambda parts: parts["a"] * parts["b"]},
         reference=lambda parts: parts["a"] * parts["b"],
+    )
+    assert measure(module, "small", "float32", CPU, quick=True)[2]["rows"][0]["right"]
+
+
+def test_gradients_of_a_dict_are_one():
+    """A part whose gradient is nothing but rounding has no error of its own."""
+    draw = {"a": torch.ones(8, dtype=torch.float32), "b": torch.full((8,), 1e-30)}
+    module = square_module(
+        DIFFERENTIABLE=("parts",),
+        make_inputs=lambda case, device, dtype, generator: {"parts": draw},
+        forms=lambda device: {"gresbox": lambda parts: parts["a"] * 3 + parts["b"] * 1e-7},
+        reference=lambda parts: parts["a"] * 3 + parts["b"] * 1e-12,
     )
     assert measure(module, "small", "float32", CPU, quick=True)[2]["rows"][0]["right"]
 

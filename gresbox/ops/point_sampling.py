@@ -13,6 +13,8 @@ from gresbox.ops._precision import accumulation_dtype, no_autocast
 
 __all__ = ["point_sample", "uncertain_points"]
 
+_MANY_MAPS = 64  # from here on a CPU samples maps one by one faster than as channels: 1.5x forward, 2x and more with gradients
+
 
 def point_sample(masks: Tensor, points: Tensor) -> Tensor:
     """Read maps at points: bilinear between pixel centres, zero outside.
@@ -40,8 +42,14 @@ def point_sample(masks: Tensor, points: Tensor) -> Tensor:
     if 0 in tuple(sizes.values()):  # grid_sample takes no empty map
         return maps.new_zeros((sizes["B"], sizes["N"], sizes["K"]))
     with no_autocast(maps):
-        grid = (2 * points.to(dtype) - 1)[:, :, None]  # (B, K, 1, 2)
-        values = F.grid_sample(maps.to(dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        grid, values = (2 * points.to(dtype) - 1)[:, :, None], maps.to(dtype)  # (B, K, 1, 2)
+        each = maps.device.type == "cpu" and sizes["N"] >= _MANY_MAPS
+        if each:  # the same numbers; the CPU's kernel jumps from channel to channel at every point
+            grid = grid[:, None].expand(-1, sizes["N"], -1, -1, -1).flatten(0, 1)
+            values = values.flatten(0, 1)[:, None]
+        values = F.grid_sample(values, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        if each:
+            values = values[:, 0].unflatten(0, (sizes["B"], sizes["N"]))
     return values[..., 0].to(maps.dtype)
 
 

@@ -42,6 +42,16 @@ def test_pixel_centres_read_the_pixels_and_outside_is_zero(batch, maps, height, 
     torch.testing.assert_close(weighted, 2 * point_sample(masks, centres.flip(1)) + point_sample(masks.flip(1), centres.flip(1)))
 
 
+def test_many_maps_are_read_as_few_are():
+    masks, points = torch.randn(2, 70, 5, 6, dtype=torch.float64, requires_grad=True), torch.rand(2, 9, 2, dtype=torch.float64)
+    few = torch.cat([point_sample(part, points) for part in masks.split(7, 1)], 1)
+    many = point_sample(masks, points)
+    assert torch.equal(many, few)
+    weight = torch.randn(few.shape, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((values * weight).sum(), masks)[0] for values in (many, few))
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_point_sample_of_nothing(shape):
     assert point_sample(torch.zeros(shape), torch.rand(shape[0], 5, 2)).shape == (shape[0], shape[1], 5)
