@@ -5,3 +5,7 @@ architecture, one function per registered form that allocates the outputs and ru
 the launches that are compiled ahead of time, prepared from tensors on the meta device. The first launch of each kernel is its
 default; the test suite compiles the defaults, and all of them where slow tests run.
 """
+
+from __future__ import annotations
+
+__all__: list[str] = []

@@ -44,6 +44,106 @@ def _value_at(values, here):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _look_through(lane_at, real, short_step, size, TILE: tl.constexpr, BLOCK_LONG: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Smallest and largest finite cost, and the worst that is met: 0 all finite, 1 some +inf, 2 some NaN or -inf."""
+    smallest = tl.full([TILE, BLOCK_LONG], float("inf"), tl.float32)
+    largest = tl.full([TILE, BLOCK_LONG], float("-inf"), tl.float32)
+    odd = tl.zeros([TILE, BLOCK_LONG], tl.int32)
+    for first in range(0, size, TILE):
+        each = first + tl.arange(0, TILE)
+        known = (each < size)[:, None] & real[None, :]
+        value = tl.load(lane_at[None, :] + each[:, None] * short_step, mask=known, other=0.0).to(tl.float32)
+        finite = tl.abs(value) < float("inf")
+        smallest = tl.where(known & finite, tl.minimum(smallest, value), smallest)
+        largest = tl.where(known & finite, tl.maximum(largest, value), largest)
+        odd = tl.maximum(odd, tl.where(finite, 0, tl.where(value == float("inf"), 1, 2)))
+    low = tl.min(tl.min(smallest, axis=1), axis=0)
+    high = tl.max(tl.max(largest, axis=1), axis=0)
+    low = tl.where(low < float("inf"), low, 0.0).to(tl.float64)
+    high = tl.where(high > float("-inf"), high, 0.0).to(tl.float64)
+    return low, high, tl.max(tl.max(odd, axis=1), axis=0)
+
+
+@triton.jit
+def _prices(at, known, low, scale, more, worst):  # type: ignore[no-untyped-def]
+    """Costs in float64. Where some are not finite the others are in units of their range, and those cost more than they can."""
+    value = tl.load(at, mask=known, other=0.0).to(tl.float32)
+    price = value.to(tl.float64)
+    if worst > 0:
+        fine = tl.abs(value) < float("inf")
+        price = tl.where(fine, (tl.where(fine, price, 0.0) - low) / scale, more)
+    return price
+
+
+@triton.jit
+def _hand_on(sink, before, owner, partner, lane, element, current):  # type: ignore[no-untyped-def]
+    """Give each lane of the path to the element before it, from its end to the new element."""
+    step = 0
+    while (sink >= 0) & (step <= current):
+        giver = tl.sum(tl.where(lane == sink, before, 0), axis=0)
+        last = tl.sum(tl.where(element == giver, partner, 0), axis=0)
+        owner = tl.where(lane == sink, giver, owner)
+        partner = tl.where(element == giver, sink, partner)
+        sink = last  # the new element has no partner yet: -1 ends the path
+        step += 1
+    return owner, partner
+
+
+@triton.jit
+def _search(  # type: ignore[no-untyped-def]
+    lane_at,
+    width,
+    size,
+    short_step,
+    low,
+    scale,
+    more,
+    worst,
+    short_dual,
+    long_dual,
+    owner,
+    lane,
+    element,
+    current,
+    BLOCK_LONG: tl.constexpr,
+):
+    """Shortest augmenting path from the element ``current`` to a lane without owner, and the duals that go with it."""
+    real = lane < width
+    shortest = tl.full([BLOCK_LONG], float("inf"), tl.float64)
+    before = tl.full([BLOCK_LONG], -1, tl.int32)
+    scanned = lane < 0
+    entered = tl.where(element == current, 0.0, float("inf")).to(tl.float64)
+    distance = _value_at(entered, element == current)
+    dual = _value_at(short_dual, element == current)
+    at = current
+    sink = -1
+    step = 0
+    while (sink < 0) & (step <= current):
+        known = lane < tl.where(at < size, width, 0)
+        reach = distance + _prices(lane_at + at * short_step, known, low, scale, more, worst) - dual - long_dual
+        free = real & (scanned == 0)
+        better = free & (reach < shortest)
+        shortest = tl.where(better, reach, shortest)
+        before = tl.where(better, at, before)
+        distance = _least(tl.where(free, shortest, float("inf")))
+        # Of several nearest lanes one without owner, else the first; the owner travels in the low bits.
+        key = tl.where(owner < 0, lane << 15, (1 << 30) + (lane << 15) + owner)
+        key = tl.min(tl.where(free & (shortest == distance), key, 0x7FFFFFFF), axis=0)
+        nearest = (key >> 15) & 0x7FFF
+        scanned = scanned | (lane == nearest)
+        ends = key < (1 << 30)
+        sink = tl.where(ends, nearest, sink)
+        at = tl.where(ends, at, key & 0x7FFF)
+        entered = tl.where((element == at) & (ends == 0), distance, entered)
+        dual = _value_at(short_dual, element == at)
+        step += 1
+    if sink >= 0:
+        short_dual = tl.where(entered < float("inf"), short_dual + (distance - entered), short_dual)
+        long_dual = tl.where(scanned, long_dual - (distance - shortest), long_dual)
+    return sink, before, short_dual, long_dual
+
+
+@triton.jit
 def _match_kernel(  # type: ignore[no-untyped-def]
     cost,
     counts,
@@ -70,78 +170,36 @@ def _match_kernel(  # type: ignore[no-untyped-def]
     short_step = tl.where(flipped, cost_row, cost_column).to(tl.int64)
     long_step = tl.where(flipped, cost_column, cost_row).to(tl.int64)
     lane = tl.arange(0, BLOCK_LONG)
-    real = lane < width
-    lane_at = cost + problem * cost_problem + lane * long_step
-
-    smallest = tl.full([TILE, BLOCK_LONG], float("inf"), tl.float32)
-    largest = tl.full([TILE, BLOCK_LONG], float("-inf"), tl.float32)
-    odd = tl.zeros([TILE, BLOCK_LONG], tl.int32)  # 1: some cost is +inf; 2: some is NaN or -inf
-    for first in range(0, size, TILE):
-        each = first + tl.arange(0, TILE)
-        known = (each < size)[:, None] & real[None, :]
-        value = tl.load(lane_at[None, :] + each[:, None] * short_step, mask=known, other=0.0).to(tl.float32)
-        finite = tl.abs(value) < float("inf")
-        smallest = tl.where(known & finite, tl.minimum(smallest, value), smallest)
-        largest = tl.where(known & finite, tl.maximum(largest, value), largest)
-        odd = tl.maximum(odd, tl.where(finite, 0, tl.where(value == float("inf"), 1, 2)))
-    worst = tl.max(tl.max(odd, axis=1), axis=0)
-    tl.store(wrong + problem, (worst == 2).to(tl.int8), mask=problem >= 0)
-    low = tl.min(tl.min(smallest, axis=1), axis=0)
-    high = tl.max(tl.max(largest, axis=1), axis=0)
-    low = tl.where(low < float("inf"), low, 0.0).to(tl.float64)
-    high = tl.where(high > float("-inf"), high, 0.0).to(tl.float64)
-    scale = tl.maximum(high - low, 1e-300)
-    more = 2.0 * (size + 1).to(tl.float64)  # than finite costs can add up to in units of their range
-
     element = tl.arange(0, BLOCK_SHORT)
+    lane_at = cost + problem * cost_problem + lane * long_step
+    low, high, worst = _look_through(lane_at, lane < width, short_step, size, TILE, BLOCK_LONG)
+    tl.store(wrong + problem, (worst == 2).to(tl.int8), mask=problem >= 0)
+    scale = tl.maximum(high - low, 1e-300)
+    more = 2.0 * (size + 1).to(tl.float64)
+
     short_dual = tl.zeros([BLOCK_SHORT], tl.float64)
     long_dual = tl.zeros([BLOCK_LONG], tl.float64)
     partner = tl.full([BLOCK_SHORT], -1, tl.int32)  # lane of each element
     owner = tl.full([BLOCK_LONG], -1, tl.int32)  # element of each lane
     for current in range(size):
-        shortest = tl.full([BLOCK_LONG], float("inf"), tl.float64)
-        before = tl.full([BLOCK_LONG], -1, tl.int32)
-        scanned = lane < 0
-        entered = tl.where(element == current, 0.0, float("inf")).to(tl.float64)
-        distance = tl.sum(tl.zeros([BLOCK_SHORT], tl.float64), axis=0)
-        dual = _value_at(short_dual, element == current)
-        at = current
-        sink = -1
-        step = 0
-        while (sink < 0) & (step <= current):
-            price = tl.load(lane_at + at * short_step, mask=lane < tl.where(at < size, width, 0), other=0.0).to(tl.float32)
-            fine = tl.abs(price) < float("inf")
-            price = price.to(tl.float64)
-            if worst > 0:
-                price = tl.where(fine, (tl.where(fine, price, 0.0) - low) / scale, more)
-            reach = distance + price - dual - long_dual
-            free = real & (scanned == 0)
-            better = free & (reach < shortest)
-            shortest = tl.where(better, reach, shortest)
-            before = tl.where(better, at, before)
-            distance = _least(tl.where(free, shortest, float("inf")))
-            # Of several nearest lanes one without owner, else the first; the owner travels in the low bits.
-            key = tl.where(owner < 0, lane << 15, (1 << 30) + (lane << 15) + owner)
-            key = tl.min(tl.where(free & (shortest == distance), key, 0x7FFFFFFF), axis=0)
-            nearest = (key >> 15) & 0x7FFF
-            scanned = scanned | (lane == nearest)
-            ends = key < (1 << 30)
-            sink = tl.where(ends, nearest, sink)
-            at = tl.where(ends, at, key & 0x7FFF)
-            entered = tl.where((element == at) & (ends == 0), distance, entered)
-            dual = _value_at(short_dual, element == at)
-            step += 1
-        if sink >= 0:
-            short_dual = tl.where(entered < float("inf"), short_dual + (distance - entered), short_dual)
-            long_dual = tl.where(scanned, long_dual - (distance - shortest), long_dual)
-            step = 0
-            while (sink >= 0) & (step <= current):
-                giver = tl.sum(tl.where(lane == sink, before, 0), axis=0)
-                last = tl.sum(tl.where(element == giver, partner, 0), axis=0)
-                owner = tl.where(lane == sink, giver, owner)
-                partner = tl.where(element == giver, sink, partner)
-                sink = last  # the new element has no partner yet: -1 ends the path
-                step += 1
+        sink, before, short_dual, long_dual = _search(
+            lane_at,
+            width,
+            size,
+            short_step,
+            low,
+            scale,
+            more,
+            worst,
+            short_dual,
+            long_dual,
+            owner,
+            lane,
+            element,
+            current,
+            BLOCK_LONG,
+        )
+        owner, partner = _hand_on(sink, before, owner, partner, lane, element, current)
 
     row_of = matched + problem * M
     tl.store(row_of + element, partner.to(tl.int64), mask=element < tl.where(flipped, 0, count))
@@ -167,7 +225,7 @@ def _prepare(cost: Tensor, counts: Tensor | None) -> tuple[Launch, Tensor, Tenso
         "COUNTED": counts is not None,
         "BLOCK_SHORT": triton.next_power_of_2(max(min(rows, columns), 2)),
         "BLOCK_LONG": long,
-        "TILE": 4 if long <= 256 else 1,
+        "TILE": 2 if long <= 256 else 1,
     }
     return Launch(_match_kernel, (batch,), arguments, warps=1 if long <= 256 else 4, stages=1, fp_fusion=False), matched, wrong
 

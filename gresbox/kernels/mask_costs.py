@@ -13,7 +13,7 @@ All sums run in a fixed order, and the ranges depend on sizes alone: the same in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ from gresbox.kernels._launch import Launch, architecture, for_architecture
 
 __all__ = ["compilations", "price"]
 
+Costs = tuple[Tensor, Tensor, Tensor, Tensor]
+
 PROGRAMS = 1024  # about this many share the work of a batch, so that they fill any device and end together
 ROWS = 64  # queries of one program of the closing kernel
 
@@ -33,6 +35,38 @@ ROWS = 64  # queries of one program of the closing kernel
 @triton.jit
 def _product(a, b):  # type: ignore[no-untyped-def]
     return a * b
+
+
+@triton.jit
+def _read(at, known, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    values = tl.load(at, mask=known, other=0.0)
+    if WIDEN:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
+def _price(masks, inside):  # type: ignore[no-untyped-def]
+    """Softplus, summed over the pixels of a tile, and probabilities of logits, from one exponential."""
+    # softplus(s) = max(s, 0) + log(1 + exp(-|s|)); one logarithm of the product serves all pixels of the tile
+    small = tl.exp2(tl.abs(masks) * -1.4426950408889634)
+    grown = tl.where(inside[None, :], 1.0 + small, 1.0)
+    logs = tl.log2(tl.reduce(grown, 1, _product)) * 0.6931471805599453
+    # sigmoid(s) = 1 / (1 + exp(-s))
+    probs = tl.where(inside[None, :], tl.where(masks < 0, small, 1.0) / (1.0 + small), 0.0)
+    return tl.sum(tl.maximum(masks, 0.0), axis=1) + logs, probs
+
+
+@triton.jit
+def _inside_targets(masks, probs, truth, agree, overlap, like, WIDEN: tl.constexpr, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Add the logits and the probabilities inside each target; 16-bit inputs are multiplied in their own dtype."""
+    if not WIDEN:
+        if like.dtype.element_ty == tl.float16:
+            masks = tl.minimum(tl.maximum(masks, -65504.0), 65504.0)
+        masks = masks.to(like.dtype.element_ty)
+        probs = probs.to(like.dtype.element_ty)
+        truth = truth.to(like.dtype.element_ty)
+    return dot(masks, truth, agree, PRECISION), dot(probs, truth, overlap, PRECISION)
 
 
 @triton.jit
@@ -83,10 +117,7 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     target_at = targets + image * target_image + target[None, :] * target_row
     WHOLE: tl.constexpr = BLOCK_C >= C
     if WHOLE:
-        whole = tl.load(query_at + channel[None, :] * query_column, mask=exists[:, None] & (channel < C)[None, :], other=0.0)
-        if WIDEN:
-            whole = whole.to(tl.float32)
-
+        whole = _read(query_at + channel[None, :] * query_column, exists[:, None] & (channel < C)[None, :], WIDEN)
     softplus_sum = tl.zeros([BLOCK_N], tl.float32)
     prob_sum = tl.zeros([BLOCK_N], tl.float32)
     agree = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -101,39 +132,21 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
         masks = tl.zeros([BLOCK_N, BLOCK_P], tl.float32)
         # s = Q V
         if WHOLE:
-            feature = tl.load(column + channel[:, None] * pixel_row, mask=(channel < C)[:, None] & inside[None, :], other=0.0)
-            if WIDEN:
-                feature = feature.to(tl.float32)
+            feature = _read(column + channel[:, None] * pixel_row, (channel < C)[:, None] & inside[None, :], WIDEN)
             masks = dot(whole, feature, masks, PRECISION)
         else:
             for begin in tl.range(0, C, BLOCK_C):
                 each = begin + channel
-                at = query_at + each[None, :] * query_column
-                query = tl.load(at, mask=exists[:, None] & (each < C)[None, :], other=0.0)
-                feature = tl.load(column + each[:, None] * pixel_row, mask=(each < C)[:, None] & inside[None, :], other=0.0)
-                if WIDEN:
-                    query = query.to(tl.float32)
-                    feature = feature.to(tl.float32)
+                query = _read(query_at + each[None, :] * query_column, exists[:, None] & (each < C)[None, :], WIDEN)
+                feature = _read(column + each[:, None] * pixel_row, (each < C)[:, None] & inside[None, :], WIDEN)
                 masks = dot(query, feature, masks, PRECISION)
-
+        softplus, probs = _price(masks, inside)
+        softplus_sum += softplus
+        prob_sum += tl.sum(probs, axis=1)
         at = target_at + pixel[:, None] * target_column
         truth = tl.load(at, mask=inside[:, None] & real[None, :], other=0).to(tl.float32)
-        # softplus(s) = max(s, 0) + log(1 + exp(-|s|)); one logarithm of the product serves all pixels of the tile
-        small = tl.exp2(tl.abs(masks) * -1.4426950408889634)
-        shrunk = tl.where(inside[None, :], 1.0 + small, 1.0)
-        logs = tl.log2(tl.reduce(shrunk, 1, _product)) * 0.6931471805599453
-        softplus_sum += tl.sum(tl.maximum(masks, 0.0), axis=1) + logs
-        # sigmoid(s) = 1 / (1 + exp(-s)), from the same exponential
-        probs = tl.where(inside[None, :], tl.where(masks < 0, small, 1.0) / (1.0 + small), 0.0)
-        prob_sum += tl.sum(probs, axis=1)
         area += tl.sum(truth, axis=0)
-        if WIDEN:
-            agree = dot(masks, truth, agree, PRECISION)
-            overlap = dot(probs, truth, overlap, PRECISION)
-        else:
-            narrow = truth.to(pixels.dtype.element_ty)
-            agree = dot(masks.to(pixels.dtype.element_ty), narrow, agree, PRECISION)
-            overlap = dot(probs.to(pixels.dtype.element_ty), narrow, overlap, PRECISION)
+        agree, overlap = _inside_targets(masks, probs, truth, agree, overlap, pixels, WIDEN, PRECISION)
 
     piece = image * ranges + part
     tl.store(softplus_sums + piece * N + row, softplus_sum, mask=exists)
@@ -208,27 +221,35 @@ NARROW = {
     "sm_90": Settings(128, 32, 256, 8, 2),
     "gfx942": Settings(64, 32, 64, 4, 1),
 }
-WIDE = {
+TF32 = {
     "sm_80": Settings(64, 32, 32, 8, 2),
+    "sm_90": Settings(64, 32, 64, 8, 2),
+    "gfx942": Settings(64, 64, 32, 4, 1),
+}
+IEEE = {
+    "sm_80": Settings(32, 32, 32, 4, 2),
     "sm_90": Settings(32, 64, 32, 4, 2),
     "gfx942": Settings(64, 64, 32, 4, 1),
 }
 
 
-def _settings(arch: str, widen: bool, channels: int) -> Settings:
-    """By architecture and element size; many channels are read piece by piece."""
-    found = for_architecture(WIDE if widen else NARROW, arch)
+def _settings(arch: str, widen: bool, precision: str, channels: int) -> Settings:
+    """By architecture, element size and precision; many channels are read piece by piece."""
+    found = for_architecture((TF32 if precision == "tf32" else IEEE) if widen else NARROW, arch)
     width = max(16, triton.next_power_of_2(channels))
     piece = found.channels if width <= found.channels else min(found.channels, 64)
     return Settings(found.queries, found.pixels, min(width, piece), found.warps, found.stages)
 
 
-def _prepare(queries: Tensor, pixels: Tensor, targets: Tensor, arch: str) -> tuple[list[Launch], tuple[Tensor, ...]]:
+def _prepare(
+    queries: Tensor, pixels: Tensor, targets: Tensor, arch: str, precision: str | None = None
+) -> tuple[list[Launch], Costs]:
     """The two launches and the four outputs; pixels and targets are ``(B, C, P)`` and ``(B, M, P)``."""
     batch, count, channels = queries.shape
     most, area = targets.shape[1:]
     widen = torch.float32 in (queries.dtype, pixels.dtype) or queries.dtype != pixels.dtype
-    settings = _settings(arch, widen, channels)
+    precision = precision or dot_precision(torch.float32 if widen else queries.dtype)
+    settings = _settings(arch, widen, precision, channels)
     blocks = triton.cdiv(count, settings.queries)
     tiles = triton.cdiv(area, settings.pixels)
     span = triton.cdiv(tiles, min(triton.cdiv(PROGRAMS, batch * blocks), tiles)) * settings.pixels
@@ -252,7 +273,6 @@ def _prepare(queries: Tensor, pixels: Tensor, targets: Tensor, arch: str) -> tup
     for name, tensor in {"query": queries, "pixel": pixels, "target": targets}.items():
         strides |= dict(zip((f"{name}_image", f"{name}_row", f"{name}_column"), tensor.stride(), strict=True))
     constants = {"C": channels, "WIDEN": widen, "BLOCK_N": settings.queries, "BLOCK_P": settings.pixels, "BLOCK_M": width}
-    precision = dot_precision(torch.float32 if widen else queries.dtype)
     constants |= {"BLOCK_C": settings.channels, "PRECISION": precision}
     inputs = {"queries": queries, "pixels": pixels, "targets": targets}
     sums = Launch(
@@ -267,7 +287,7 @@ def _prepare(queries: Tensor, pixels: Tensor, targets: Tensor, arch: str) -> tup
     return [sums, Launch(_close_kernel, (batch * triton.cdiv(count, ROWS),), closing)], outputs
 
 
-def price(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> tuple[Tensor, ...]:
+def price(queries: Tensor, pixels: Tensor, targets: Tensor) -> Costs:
     """Costs ``(B, N, M)`` twice, sums of probabilities ``(B, N)`` and of those inside each target ``(B, N, M)``, all float32."""
     truth = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
     launches, outputs = _prepare(queries, pixels.flatten(2), truth.flatten(2), architecture(queries))
@@ -280,11 +300,13 @@ def compilations(arch: str) -> dict[str, Launch]:
     """Ten decoder steps at 480 pixels in each dtype, then more channels, and masks of few targets given as bool."""
     found: dict[str, Launch] = {}
 
-    def add(name: str, dtype: torch.dtype, channels: int = 256, most: int = 10, truth: torch.dtype = torch.float32) -> None:
+    def add(
+        name: str, dtype: torch.dtype, channels: int = 256, most: int = 10, truth: torch.dtype = torch.float32, **how: str
+    ) -> None:
         queries = torch.empty((8, 1000, channels), dtype=dtype, device="meta")
         pixels = torch.empty((8, channels, 14400), dtype=dtype, device="meta")
         targets = torch.empty((8, most, 14400), dtype=truth, device="meta")
-        sums, closing = _prepare(queries, pixels, targets, arch)[0]
+        sums, closing = _prepare(queries, pixels, targets, arch, **how)[0]
         found[f"sums {name}"] = sums
         if name == "bfloat16":
             found["closing"] = closing
@@ -294,6 +316,5 @@ def compilations(arch: str) -> dict[str, Launch]:
     add("bfloat16, 512 channels", torch.bfloat16, channels=512)
     add("bfloat16, 40 targets as bool", torch.bfloat16, most=40, truth=torch.uint8)
     add("float32, 32 channels", torch.float32, channels=32)
-    exact = found["sums float32"]
-    found["sums float32 as tf32"] = replace(exact, arguments=exact.arguments | {"PRECISION": "tf32"})
+    add("float32 as tf32", torch.float32, precision="tf32")
     return found

@@ -193,7 +193,7 @@ def _wide(queries: Tensor, pixels: Tensor) -> torch.dtype:
 def _kernel(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
     from gresbox.kernels.mask_costs import price
 
-    return price(queries, pixels, targets, chunk)
+    return price(queries, pixels, targets)
 
 
 def _refusal(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> str | None:

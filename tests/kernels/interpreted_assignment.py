@@ -47,7 +47,7 @@ def check_complete(matched: torch.Tensor, rows: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (5, 1), (7, 3), (3, 7), (8, 8), (40, 6), (33, 2), (100, 10)])
-def test_equals_scipy(size):
+def test_equals_scipy_at_odd_sizes(size):
     cost = torch.randn(2, *size)
     assert solve(cost).tolist() == [by_scipy(each) for each in cost]
 
@@ -106,6 +106,18 @@ def test_infinite_pairs_are_taken_only_where_nothing_else_is_left(rows, columns,
         for c in itertools.combinations(range(columns), size)
     ]
     assert price([(row, column) for column, row in enumerate(matched.tolist()) if row >= 0]) == pytest.approx(min(options))
+
+
+@pytest.mark.parametrize(
+    "infinite", [[(0, 0)], [(0, 0), (1, 0), (2, 0), (3, 0)], [(0, 0), (0, 1), (0, 2)], [(1, 1), (2, 1), (0, 2)]]
+)
+def test_sets_of_infinite_pairs(infinite):
+    cost = torch.rand(4, 3)
+    for pair in infinite:
+        cost[pair] = torch.inf
+    large = cost.nan_to_num(posinf=1e3)
+    assert solve(cost[None])[0].tolist() == by_scipy(large)
+    assert solve(cost.mT[None])[0].tolist() == by_scipy(large.mT)
 
 
 ODD = st.sampled_from([float("nan"), float("inf"), -float("inf"), 3e38, -3e38, 1e-45, 0.0, -0.0, 1.0, 1e30])

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import itertools
+import sys
+import types
 import warnings
 
 import numpy as np
@@ -122,6 +125,49 @@ def test_all_nan_is_still_complete():
     assert all(len(set(row.tolist())) == 2 and (row >= 0).all() for row in matched)
 
 
+@pytest.fixture
+def adapter(monkeypatch):
+    """The package, or where it is not installed one that answers in the same way."""
+    try:
+        import torch_linear_assignment  # noqa: F401
+    except ImportError:
+        module = types.ModuleType("torch_linear_assignment")
+        module.__spec__ = importlib.machinery.ModuleSpec("torch_linear_assignment", None)
+
+        def batch_linear_assignment(cost):
+            assert cost.isfinite().all()
+            return torch.tensor([_scipy(each.mT) for each in cost], dtype=torch.int64)
+
+        module.batch_linear_assignment = batch_linear_assignment
+        monkeypatch.setitem(sys.modules, "torch_linear_assignment", module)
+
+
+@given(st.integers(0, 3), st.integers(0, 6), st.integers(0, 6))
+def test_the_adapter_equals_scipy(adapter, batch, rows, columns):
+    torch.manual_seed(0)  # each example on its own, so that a failure repeats
+    cost, counts = torch.randn(batch, rows, columns), torch.randint(0, columns + 1, (batch,))
+    padded = torch.where(torch.arange(columns) < counts[:, None, None], cost, torch.nan)
+    for options in ((cost, None), (padded, counts)):
+        assert torch.equal(assign(*options, backend="torch_linear_assignment"), assign(*options))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_the_adapter_takes_hostile_costs(adapter, name):
+    cost = HOSTILE[name]
+    matched = assign(cost[None], backend="torch_linear_assignment")[0]
+    used = matched[matched >= 0].tolist()
+    assert len(used) == len(set(used)) == min(cost.shape)
+    with pytest.raises(ValueError, match=r"got some in problem 0 of the batch\.$"):
+        assign(torch.full((1, 2, 2), torch.nan), backend="torch_linear_assignment")
+
+
+def test_a_missing_adapter_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("gresbox.ops._backend.importlib.util.find_spec", lambda name: None)
+    message = r"^assign: backend='torch_linear_assignment' is not possible here: it needs the package torch-linear-assignment; pip"
+    with pytest.raises(ImportError, match=message):
+        assign(torch.rand(1, 2, 2), backend="torch_linear_assignment")
+
+
 def test_compiles_and_exports_as_one_node():
     torch._dynamo.reset()
     cost, counts = torch.rand(2, 5, 3, requires_grad=True), torch.tensor([3, 1])
@@ -153,3 +199,6 @@ def test_errors():
         assign(cost, nan="ignore")
     with pytest.raises(ValueError, match=r"`cost` must be \(B, N, M\), got \(4, 3\)"):
         assign(cost[0])
+    with pytest.raises(RuntimeError, match=r"^assign: backend='triton' is not possible here: 200 x 300 is more than 1024 x 128\.$"):
+        assign(torch.rand(1, 200, 300), backend="triton")
+    assert torch.equal(assign(cost, backend="eager"), assign(cost))
