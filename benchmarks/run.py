@@ -22,16 +22,17 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None  # importing PyTorch may make it all there are
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler, asked for memory, otherwise writes a line per call
 
-import torch
-import torch._inductor.config
+import torch  # noqa: E402
+import torch._inductor.config  # noqa: E402
 
-from benchmarks.ceilings import measure_ceilings
-from benchmarks.clocks import CPUTimer
-from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure
-from benchmarks.results import RESULTS, ResultFile, device_name
-from gresbox import __version__
+from benchmarks.ceilings import measure_ceilings  # noqa: E402
+from benchmarks.clocks import CPUTimer  # noqa: E402
+from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure  # noqa: E402
+from benchmarks.results import RESULTS, ResultFile, device_name  # noqa: E402
+from gresbox import __version__  # noqa: E402
 
 KINDS = ("ops", "step", "metrics", "train")
 UNFINISHED = 3
@@ -113,6 +114,8 @@ def main() -> int:
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here")
+    if CORES is not None:  # `taskset` holds
+        os.sched_setaffinity(0, CORES)
     if options.device == "cpu":  # a pool of compilers would take time from what is measured
         torch._inductor.config.compile_threads = 1
     if options.threads is not None:
