@@ -20,10 +20,10 @@ def modules():
     """The programs, which are no part of the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        from benchmarks import ablate
+        from benchmarks import ablate, aml_cost
         from benchmarks.suites import aml, aml_tuning, igvg, suite
 
-        yield SimpleNamespace(ablate=ablate, aml=aml, tuning=aml_tuning, igvg=igvg, suite=suite)
+        yield SimpleNamespace(ablate=ablate, aml_cost=aml_cost, aml=aml, tuning=aml_tuning, igvg=igvg, suite=suite)
 
 
 @pytest.fixture(params=["instalign", "igvg", "aml", "aml_tuning"])
@@ -219,3 +219,13 @@ def test_the_log_gives_curve_and_shares(modules):
 def test_a_tenth_of_the_training_samples_is_held_out(modules):
     assert modules.tuning.split(9, 10, 1000) == (90, range(90, 100))
     assert modules.tuning.split(700, 16, 1000) == (11200, range(11200, 12200))
+
+
+def test_the_page_has_the_measured_cost_of_a_masked_step(modules, tmp_path):
+    page = ROOT / "docs" / "aml.md"
+    copy = tmp_path / "aml.md"
+    copy.write_text(page.read_text())
+    report = json.loads(modules.aml_cost.RESULT.read_text())
+    assert modules.aml_cost.write_page(report, copy) == copy.read_text() == page.read_text()
+    report["time"]["processor"]["aml_seconds"] = 999.0
+    assert "| AML | 999.00 |" in modules.aml_cost.write_page(report, copy)
