@@ -147,8 +147,8 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     setting, time_of, memory = report["setting"], report["time"]["processor"], report["memory"]
     threads = report["environment"]["threads"]
     yield f"`{setting['model']}` at {setting['image_size']} px, {setting['batch']} picture(s) and {setting['tokens']} tokens"
-    yield f"a step, {threads} CPU thread(s), {setting['rounds']} rounds in turn. Time is the processor's; what a way adds is the median"
-    yield "over rounds of two times of the same round, least and most in brackets."
+    yield f"a step, {threads} CPU thread(s), {setting['rounds']} rounds in turn. Time is the processor's; what a way adds is"
+    yield "the median over rounds of two times of the same round, least and most in brackets."
     yield ""
     yield "| step | seconds | more time | peak memory | more memory |"
     yield "|---|---|---|---|---|"
