@@ -182,6 +182,9 @@ class InstancePostprocess(nn.Module):
             raise ValueError(f"{who}: `output.instances` must hold boxes, got {'none' if step is None else 'some without boxes'}.")
         if len(sizes) != output.merged.shape[0]:
             raise ValueError(f"{who}: `sizes` must be one per image with B={output.merged.shape[0]}, got {len(sizes)}.")
+        empty = [tuple(size) for size in sizes if min(size) < 1]
+        if empty:
+            raise ValueError(f"{who}: `sizes` must be heights and widths of at least 1, got {empty[0]}.")
         return step
 
     def _scores(self, step: InstancePrediction, output: GresOutput) -> Tensor:

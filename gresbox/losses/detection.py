@@ -13,7 +13,7 @@ from gresbox._checks import check_choice, check_float, check_range, check_shape,
 from gresbox.losses.boxes import BoxLoss
 from gresbox.losses.instance_segmentation import instances_of_queries
 from gresbox.losses.mask import take_queries
-from gresbox.losses.targets import count_queries, instance_normaliser, mean_over
+from gresbox.losses.targets import check_unpadded, count_queries, instance_normaliser, mean_over
 from gresbox.structures import GresTarget, InstancePrediction
 
 __all__ = ["DetectionLoss", "query_class_loss"]
@@ -123,6 +123,7 @@ class DetectionLoss(nn.Module):
         if self.aux_layers == "none":
             predictions, matches = predictions[-1:], matches[-1:]
         logits, boxes = _stacked(predictions, matches)
+        check_unpadded("DetectionLoss", targets)
         check_targets("DetectionLoss", targets, logits[0])
         normaliser = instance_normaliser("DetectionLoss", targets, num_instances)
         matched, unmatched = count_queries(targets, logits.shape[-1], num_instances)

@@ -15,7 +15,7 @@ from gresbox.losses.existence import ExistenceLoss, existence_loss
 from gresbox.losses.instance_segmentation import InstanceMaskLoss
 from gresbox.losses.mask import MaskLoss
 from gresbox.losses.minimap import minimap_loss
-from gresbox.losses.targets import check_one_size, instance_normaliser, merged_targets, no_target_flags
+from gresbox.losses.targets import check_one_size, check_unpadded, instance_normaliser, merged_targets, no_target_flags
 from gresbox.ops import mask_bce, mask_dice
 from gresbox.structures import GresOutput, GresTarget
 
@@ -157,6 +157,7 @@ class IGVGCriterion(nn.Module):
     def forward(
         self, output: GresOutput, targets: Sequence[GresTarget], *, num_instances: float | Tensor | None = None
     ) -> dict[str, Tensor]:
+        check_unpadded("IGVGCriterion", targets)
         check_targets("IGVGCriterion", targets, output.merged)
         check_one_size("IGVGCriterion", targets)
         instance_normaliser("IGVGCriterion", targets, num_instances)

@@ -12,6 +12,7 @@ from gresbox.structures import GresTarget, PaddedTargets
 
 __all__ = [
     "check_one_size",
+    "check_unpadded",
     "count_queries",
     "instance_masks",
     "instance_normaliser",
@@ -32,6 +33,16 @@ def check_one_size(who: str, targets: Targets) -> None:
     sizes = sorted({tuple(masks.shape[-2:]) for masks in instance_masks(targets)})
     if len(sizes) > 1:
         raise ValueError(f"{who}: `targets` must all have one image size in a batch, got {sizes[0]} and {sizes[-1]}.")
+
+
+def check_unpadded(who: str, targets: Targets) -> None:
+    """Check that targets still have their boxes, which padded ones do not keep.
+
+    Raises:
+        TypeError: If they are padded.
+    """
+    if isinstance(targets, PaddedTargets):
+        raise TypeError(f"{who}: `targets` must be a list of GresTarget, because boxes are read, got PaddedTargets.")
 
 
 def instance_masks(targets: Targets) -> list[Tensor]:

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from gresbox._checks import check_choice, check_float, check_range, check_shape, check_targets
 from gresbox.ops import assign, box_cxcywh_to_xyxy, generalized_box_iou
 from gresbox.ops._late_errors import LateError
-from gresbox.structures import GresTarget, InstancePrediction
+from gresbox.structures import GresTarget, InstancePrediction, PaddedTargets
 
 __all__ = ["PointGuidedMatcher"]
 
@@ -140,6 +140,10 @@ class PointGuidedMatcher(nn.Module):
     def _match(self, read: dict[str, Tensor], targets: Sequence[GresTarget]) -> Tensor:
         """``read``: scores ``(S, B, N)``, boxes and perhaps points under the names that the caller knows them by."""
         scores, boxes = list(read.values())[:2]
+        if isinstance(targets, PaddedTargets):
+            raise TypeError(
+                "PointGuidedMatcher: `targets` must be a list of GresTarget, because boxes are read, got PaddedTargets."
+            )
         check_targets("PointGuidedMatcher", targets, scores[0])
         steps, batch = scores.shape[:2]
         counts = [target.masks.shape[0] for target in targets]

@@ -298,7 +298,7 @@ def beit3(state_dict: Mapping[str, Any], *, strict: bool = True) -> ConvertedWei
 
     Raises:
         ValueError: If ``strict`` and a parameter of the encoder is missing or unknown.
-        TypeError: If a parameter is not a tensor.
+        TypeError: If it is no mapping or a parameter is not a tensor.
 
     Example:
         >>> import torch
@@ -328,7 +328,7 @@ def caris(state_dict: Mapping[str, Any], *, strict: bool = True) -> ConvertedWei
 
     Raises:
         ValueError: If ``strict`` and a parameter is missing or unknown.
-        TypeError: If a parameter is not a tensor.
+        TypeError: If it is no mapping or a parameter is not a tensor.
 
     Example:
         >>> import torch
@@ -361,7 +361,7 @@ def instancevg(state_dict: Mapping[str, Any], *, strict: bool = True) -> Convert
 
     Raises:
         ValueError: If ``strict`` and a parameter is missing or unknown.
-        TypeError: If a parameter is not a tensor.
+        TypeError: If it is no mapping or a parameter is not a tensor.
 
     Example:
         >>> import torch
@@ -386,6 +386,8 @@ def _query_content(value: Tensor, weight: Tensor, bias: Tensor, scale: Tensor, s
 
 def _parameters(who: str, state_dict: Mapping[str, Any], keys: tuple[str, ...]) -> dict[str, Tensor]:
     """The parameters of a file, without the prefix that data-parallel training adds."""
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"{who}: `state_dict` must be a mapping of names to tensors, got {type(state_dict).__name__}.")
     inner: Mapping[str, Any] = next((state_dict[key] for key in keys if isinstance(state_dict.get(key), Mapping)), state_dict)
     wrong = [name for name, value in inner.items() if not isinstance(value, Tensor)]
     if wrong:

@@ -167,8 +167,9 @@ class IGVGConfig:
             check_range(who, name, getattr(self, name), 0, 1)
         if not all(isinstance(word, str) for word in self.vocabulary):
             raise TypeError(f"{who}: `vocabulary` must be words, got others.")
-        if self.dim % self.num_heads or self.dim % 4:
-            raise ValueError(f"{who}: `dim` must be a multiple of 4 and of num_heads={self.num_heads}, got {self.dim}.")
+        groups = 8 if self.unet_norm == "group" else 4
+        if self.dim % self.num_heads or self.dim % groups:
+            raise ValueError(f"{who}: `dim` must be a multiple of {groups} and of num_heads={self.num_heads}, got {self.dim}.")
         self._check_encoder(who)
         self._check_training(who)
 
@@ -238,7 +239,7 @@ class IGVG(GresModel):
 
     Paper: "Instance-Aware Generalized Multi-Task Visual Grounding" (IGVG), Sec. 3 and Fig. 2; ``RELEASED`` holds the options with
     which it is the model of the released code, arXiv:2509.13747.
-    Differs from the paper: nothing by default that it states; what it leaves open is listed in the documentation's page "Papers".
+    Differs from the paper: existence has two classes, as in the code; the documentation's page "Papers" lists all that differs.
 
     Args:
         config: The numbers.

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gresbox.blocks import InstancePostprocess, merge_masks
+from gresbox.ops import box_xyxy_to_cxcywh
 from gresbox.structures import GresOutput, InstancePrediction
 
 SIZE = (20, 24)
@@ -168,6 +169,13 @@ def test_suppression_drops_the_lower_of_two_equal_boxes_with_its_mask():
     assert torch.equal(answer.instance_masks, masks)
 
 
+def test_suppression_keeps_the_official_boxes_in_their_order(golden):
+    at = {name: torch.from_numpy(value) for name, value in golden("igvg_boxes").items() if name.startswith("nms_")}
+    out = output(at["nms_scores"].tolist(), box_xyxy_to_cxcywh(at["nms_boxes"]).tolist())
+    (found,) = InstancePostprocess(existence="none", nms_iou=0.7).detect(out, [(100, 100)])
+    assert found.queries.tolist() == at["nms_keep_07"].tolist()
+
+
 def test_unions():
     whole, parts = torch.rand(4, 5) > 0.5, torch.rand(2, 4, 5) > 0.5
     assert torch.equal(merge_masks(whole, parts), whole | parts[0] | parts[1])
@@ -208,6 +216,8 @@ def test_errors():
     out = output([0.9], [WHOLE])
     with pytest.raises(ValueError, match=who + "`sizes` must be one per image with B=1, got 2"):
         InstancePostprocess()(out, [(8, 8)] * 2)
+    with pytest.raises(ValueError, match=who + r"`sizes` must be heights and widths of at least 1, got \(0, 8\)"):
+        InstancePostprocess()(out, [(0, 8)])
     with pytest.raises(ValueError, match=who + "`texts` must be one per image with B=1, got 0"):
         InstancePostprocess()(out, [(8, 8)], [])
     with pytest.raises(ValueError, match=who + r"`output.extras` must hold 'existence' .*, got \['minimap'\]"):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torchvision.ops import generalized_box_iou_loss
 
 from gresbox.losses import BoxLoss, box_giou_loss, box_l1_loss
+from gresbox.ops import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh
 from gresbox.testing import assert_matches_reference
 
 
@@ -49,6 +50,19 @@ def test_pairs_are_the_official_ones(golden):
     loss = box_giou_loss(boxes[rows], targets[columns])
     torch.testing.assert_close(loss, 1 - at["eval_giou"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(loss, 1 - at["giou"], rtol=0, atol=1e-3)  # the model side adds 1e-6 to its denominators
+
+
+def test_conversions_and_overlaps_are_the_official_ones(golden):
+    at = {name: torch.from_numpy(value) for name, value in golden("igvg_boxes").items()}
+    boxes, others = box_cxcywh_to_xyxy(at["a_cxcywh"]), box_cxcywh_to_xyxy(at["b_cxcywh"])
+    torch.testing.assert_close(boxes, at["a_xyxy"])
+    torch.testing.assert_close(others, at["b_xyxy"])
+    torch.testing.assert_close(box_xyxy_to_cxcywh(boxes), at["back_cxcywh"])
+    iou = box_iou(boxes, others)
+    torch.testing.assert_close(iou, at["eval_iou"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(iou * at["union"] / (at["union"] + 1e-6), at["iou"], rtol=1e-5, atol=1e-6)  # the model side's 1e-6
+    areas = at["a_cxcywh"][:, 2:].prod(-1)[:, None] + at["b_cxcywh"][:, 2:].prod(-1)
+    torch.testing.assert_close(areas / (1 + iou), at["union"], rtol=1e-5, atol=1e-6)
 
 
 def test_agrees_with_torchvision():

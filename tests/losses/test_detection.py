@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert, generalized_box_iou_loss
 
 from gresbox.losses import DetectionLoss, query_class_loss
-from gresbox.structures import GresTarget, InstancePrediction
+from gresbox.structures import GresTarget, InstancePrediction, PaddedTargets
 from gresbox.testing import assert_matches_reference
 
 UNWEIGHTED = {"cls": "class", "box": "bbox", "giou": "giou"}
@@ -163,6 +163,14 @@ def test_wrong_input_is_one_clear_line(change, message):
     steps = [as_step(torch.randn(2, 4), random_boxes(2, 4))]
     with pytest.raises(ValueError, match=f"^DetectionLoss: {message}"):
         DetectionLoss()(*change(steps, targets, first_queries(targets, 4, 1)))
+
+
+def test_padded_targets_have_no_boxes():
+    step = as_step(torch.randn(1, 4), random_boxes(1, 4))
+    with pytest.raises(
+        TypeError, match=r"^DetectionLoss: `targets` must be a list of GresTarget, because boxes are read, got Padded"
+    ):
+        DetectionLoss()([step], PaddedTargets.pack([target_of(random_boxes(2))], 3), torch.zeros(1, 1, 3).long())
 
 
 @pytest.mark.parametrize("option", [{"cls": -1.0}, {"no_object": -0.1}, {"aux_layers": "all"}])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from gresbox.matchers import PointGuidedMatcher, point_guided
-from gresbox.structures import GresTarget, InstancePrediction
+from gresbox.structures import GresTarget, InstancePrediction, PaddedTargets
 
 WEIGHTS = ("cls", "box", "giou", "point")
 
@@ -308,6 +308,11 @@ def test_nan_can_count_as_large():
             r"`logits` must be a floating-point tensor, got torch\.int64",
         ),
         (TypeError, {"targets": [torch.rand(1, 4), torch.rand(2, 4)]}, r"`targets` must be a list of GresTarget, got Tensor\."),
+        (
+            TypeError,
+            {"targets": PaddedTargets.pack([GresTarget(torch.ones(1, 4, 4).bool())] * 2, 2)},
+            r"`targets` must be a list of GresTarget, because boxes are read, got PaddedTargets\.",
+        ),
         (ValueError, {"targets": random_targets([1])}, r"`targets` must be one per image with B=2, got 1\."),
         (ValueError, {"targets": [target.to("meta") for target in random_targets([1, 1])]}, r"must be on cpu like the prediction"),
     ],

@@ -221,6 +221,8 @@ def test_a_conversion_that_is_not_strict_says_what_is_missing(released):
 def test_a_file_of_something_else(name):
     with pytest.raises(TypeError, match=rf"^{name}: `state_dict` must hold tensors, got str under 'author'\.$"):
         getattr(convert, name)({"author": "nobody"})
+    with pytest.raises(TypeError, match=rf"^{name}: `state_dict` must be a mapping of names to tensors, got list\.$"):
+        getattr(convert, name)([torch.zeros(2)])
 
 
 def test_beit3_counts_heads_as_unused_and_takes_names_without_prefix():

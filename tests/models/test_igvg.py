@@ -280,7 +280,8 @@ def test_a_swapped_part_is_named_and_asked_for(tmp_path):
         ({"num_queries": 257}, "`num_queries` must be in [1, 256], got 257."),
         ({"num_layers": 0}, "`num_layers` must be at least 1, got 0."),
         ({"mask_upsample": -1}, "`mask_upsample` must be at least 0, got -1."),
-        ({"dim": 30}, "`dim` must be a multiple of 4 and of num_heads=4, got 30."),
+        ({"dim": 30, "unet_norm": "batch"}, "`dim` must be a multiple of 4 and of num_heads=4, got 30."),
+        ({"dim": 20}, "`dim` must be a multiple of 8 and of num_heads=4, got 20."),
         ({"image_size": 62}, "`image_size` must be a multiple of encoder.patch_size=4, got 62."),
         ({"max_tokens": 65}, "`max_tokens` must be in [3, 64], got 65."),
         ({"max_tokens": 2}, "`max_tokens` must be in [3, 64], got 2."),
@@ -300,6 +301,17 @@ def test_a_wrong_number_in_a_config_is_one_line(override, message):
     with pytest.raises((TypeError, ValueError), match=r"^IGVGConfig: ") as caught:
         dataclasses.replace(preset_config("igvg_tiny"), **override)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_pictures_of_the_papers_models_are_whole_patches_of_16_pixels():
+    for name in ("igvg_beit3_base", "igvg_beit3_large"):
+        with pytest.raises(ValueError, match=r"^IGVGConfig: `image_size` must be a multiple of encoder.patch_size=16, got 330\.$"):
+            create_model(name, image_size=330)
+    with torch.device("meta"):
+        model = create_model("igvg_beit3_base")
+        ids = torch.ones(1, 4, dtype=torch.long)
+        with pytest.raises(ValueError, match=r"H and W multiples of 16, got \(1, 3, 320, 328\)\.$"):
+            model(torch.zeros(1, 3, 320, 328), ids, ids)
 
 
 @pytest.mark.parametrize("name", ["text_score", "pooling", "minimap", "reference"])
