@@ -119,6 +119,7 @@ if TYPE_CHECKING:
     from gresbox.training import (
         AlignmentMaskedTraining,
         Answer,
+        CapturedStep,
         EvaluationOptions,
         PredictionFile,
         PredictionWriter,
@@ -239,6 +240,7 @@ _HOME = {
     "gresbox.training": [
         "AlignmentMaskedTraining",
         "Answer",
+        "CapturedStep",
         "EvaluationOptions",
         "PredictionFile",
         "PredictionWriter",
@@ -260,6 +262,7 @@ __all__ = [
     "Beit3Encoder",
     "BoxHead",
     "BoxLoss",
+    "CapturedStep",
     "Caris",
     "CarisConfig",
     "CarisCriterion",
@@ -318,6 +321,7 @@ __all__ = [
     "NoTargetHead",
     "NoTargetLoss",
     "POALoss",
+    "PaddedTargets",
     "ParallelObjectText",
     "PhraseObjectBlock",
     "PhraseObjectTransformer",
