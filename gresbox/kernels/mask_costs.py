@@ -39,10 +39,31 @@ def _product(a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _read(at, known, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    values = tl.load(at, mask=known, other=0.0)
+    values = tl.load(at, mask=known, other=0)
     if WIDEN:
         values = values.to(tl.float32)
     return values
+
+
+@triton.jit
+def _add_piece(  # type: ignore[no-untyped-def]
+    masks,
+    query_at,
+    column,
+    channel,
+    C: tl.constexpr,
+    exists,
+    inside,
+    query_column,
+    pixel_row,
+    WIDEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add the products of some channels."""
+    known = channel < C
+    query = _read(query_at + channel[None, :] * query_column, exists[:, None] & known[None, :], WIDEN)
+    feature = _read(column + channel[:, None] * pixel_row, known[:, None] & inside[None, :], WIDEN)
+    return dot(query, feature, masks, PRECISION)
 
 
 @triton.jit
@@ -123,9 +144,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     agree = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     overlap = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     area = tl.zeros([BLOCK_M], tl.float32)
-    first = part * span
-    last = tl.minimum(first + span, P)
-    for start in range(first, last, BLOCK_P):
+    last = tl.minimum((part + 1) * span, P)
+    for start in range(part * span, last, BLOCK_P):
         pixel = start + tl.arange(0, BLOCK_P)
         inside = pixel < last
         column = pixel_at + pixel[None, :] * pixel_column
@@ -136,18 +156,15 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
             masks = dot(whole, feature, masks, PRECISION)
         else:
             for begin in tl.range(0, C, BLOCK_C):
-                each = begin + channel
-                query = _read(query_at + each[None, :] * query_column, exists[:, None] & (each < C)[None, :], WIDEN)
-                feature = _read(column + each[:, None] * pixel_row, (each < C)[:, None] & inside[None, :], WIDEN)
-                masks = dot(query, feature, masks, PRECISION)
+                masks = _add_piece(
+                    masks, query_at, column, begin + channel, C, exists, inside, query_column, pixel_row, WIDEN, PRECISION
+                )
         softplus, probs = _price(masks, inside)
         softplus_sum += softplus
         prob_sum += tl.sum(probs, axis=1)
-        at = target_at + pixel[:, None] * target_column
-        truth = tl.load(at, mask=inside[:, None] & real[None, :], other=0).to(tl.float32)
+        truth = _read(target_at + pixel[:, None] * target_column, inside[:, None] & real[None, :], True)
         area += tl.sum(truth, axis=0)
         agree, overlap = _inside_targets(masks, probs, truth, agree, overlap, pixels, WIDEN, PRECISION)
-
     piece = image * ranges + part
     tl.store(softplus_sums + piece * N + row, softplus_sum, mask=exists)
     tl.store(prob_sums + piece * N + row, prob_sum, mask=exists)

@@ -129,6 +129,14 @@ def _costs(sums: _Sums, covered: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
     return bce, dice
 
 
+def _consuming_sums(masks: Tensor, targets: Tensor) -> _Sums:
+    """:func:`_sums`, with fewer passes over memory; it writes over ``masks``."""
+    across = targets.mT
+    softplus, agree = F.softplus(masks, threshold=50).sum(-1), masks @ across  # beyond 50 it is the logit itself, in float64 too
+    probs = masks.sigmoid_()
+    return softplus, probs.sum(-1), agree, probs @ across
+
+
 def price_chunks(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> _Sums:
     """The two costs, and what their gradient reads of :func:`_sums`: probabilities and those inside each target."""
     dtype = _wide(queries, pixels)
@@ -136,7 +144,7 @@ def price_chunks(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -
     batch, count, most = query.shape[0], query.shape[1], truth.shape[1]
     totals = [query.new_zeros((batch, count)) for _ in range(2)] + [query.new_zeros((batch, count, most)) for _ in range(2)]
     for part in chunks_of(features.shape[2], batch * count, chunk, queries.device):
-        sums = _sums(query @ features[:, :, part].to(dtype), truth[:, :, part].to(dtype))
+        sums = _consuming_sums(query @ features[:, :, part].to(dtype), truth[:, :, part].to(dtype))
         for total, more in zip(totals, sums, strict=True):
             total += more
     softplus, probs, agree, overlap = totals
