@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gresbox.ops import select_points
+from gresbox.ops import point_selection, select_points
 
 
 def sums(scores, chosen, weight, diagonal):
@@ -153,7 +154,62 @@ def test_no_gradient_and_no_written_input():
 
 
 def test_an_empty_batch():
-    assert select_points(torch.zeros(0, 3, 3), 2).shape == (0, 2)
+    for backend in ("auto", "eager"):
+        assert select_points(torch.zeros(0, 3, 3), 2, backend=backend).shape == (0, 2)
+
+
+@given(maps, st.sampled_from([0.0, 0.003, 0.3, 1e30]), st.booleans(), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_table_and_running_minimum_choose_the_same_cells(shape, weight, few_values, dtype):
+    """Also where most sums tie."""
+    score_map = random_map(shape, dtype)
+    options = {"distance_weight": weight, "apply_sigmoid": not few_values}
+    score_map = score_map.round() if few_values else score_map
+    count = min(score_map[0].numel(), 20)
+    by_table = select_points(score_map, count, **options)
+    assert torch.equal(by_table, select_points(score_map, count, backend="eager", **options))
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 20), (7, 33), (33, 7), (1, 50), (50, 1)])
+def test_the_table_holds_the_distances(height, width):
+    bonuses, starts = point_selection._table(height, width, 0.5, torch.float32, torch.device("cpu"))
+    cells = torch.arange(height * width)
+    down, across = cells[:, None] // width - cells // width, cells[:, None] % width - cells % width
+    expected = (down**2 + across**2).float().sqrt() * 0.5
+    assert torch.equal(bonuses[starts], expected.fill_diagonal_(-math.inf))
+    assert bonuses.untyped_storage().nbytes() == 4 * width**2 * (2 * height - 1)
+
+
+def test_a_large_map_has_no_table():
+    size = (110, 100)
+    assert size[1] ** 2 * (2 * size[0] - 1) > point_selection._TABLE_VALUES
+    point_selection._table.cache_clear()
+    score_map = torch.randn(1, *size)
+    indices = select_points(score_map, 4, distance_weight=0.1)
+    assert point_selection._table.cache_info().currsize == 0
+    assert torch.equal(indices, select_points(score_map, 4, distance_weight=0.1, backend="eager"))
+
+
+def test_the_table_serves_every_later_call():
+    """Made in inference mode or under another default device, it is read outside."""
+    point_selection._table.cache_clear()
+    score_map = torch.randn(2, 5, 6)
+    with torch.inference_mode(), torch.device("meta"):
+        first = select_points(score_map, 4)
+    assert point_selection._table.cache_info().currsize == 1
+    assert torch.equal(select_points(score_map.requires_grad_(), 4), first)
+    assert torch.equal(select_points(score_map.detach(), 4, backend="eager"), first)
+
+
+def test_tensors_without_data_make_no_table():
+    point_selection._table.cache_clear()
+    with FakeTensorMode() as mode:
+        assert select_points(mode.from_tensor(torch.zeros(2, 5, 6)), 4).shape == (2, 4)
+    assert point_selection._table.cache_info().currsize == 0
+
+
+def test_the_registered_op_passes_pytorchs_own_checks():
+    torch.library.opcheck(torch.ops.gresbox.select_points.default, (torch.rand(2, 5, 6), 4, 0.1))
+    torch.library.opcheck(torch.ops.gresbox.select_points.default, (torch.rand(2, 6, 5).mT, 1, 0.0))
 
 
 def test_compile_export_autocast_and_strides():
@@ -184,5 +240,9 @@ def test_errors():
         select_points(score_map, 2, distance_weight=math.nan)
     with pytest.raises(ValueError, match=r"`score_map` must be \(B, H, W\), got \(3, 4\)"):
         select_points(score_map[0], 2)
+    with pytest.raises(ValueError, match=r"^select_points: `backend` must be one of 'auto', 'eager', 'triton', got 'cuda'\.$"):
+        select_points(score_map, 2, backend="cuda")
+    with pytest.raises(RuntimeError, match=r"^select_points: backend='triton' is not possible here: "):
+        select_points(score_map, 2, backend="triton")
     with pytest.raises(TypeError, match=r"`score_map` must be a floating-point tensor, got torch\.int64"):
         select_points(score_map.long(), 2)
