@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gresbox._checks import check_choice, check_targets
-from gresbox.losses.mask import MaskLoss, matched_masks, take_queries
+from gresbox.losses.mask import MaskLoss, take_queries
 from gresbox.losses.no_target import no_target_loss
 from gresbox.losses.poa import POALoss
 from gresbox.losses.targets import (
@@ -101,6 +101,7 @@ class InstAlignCriterion(nn.Module):
 
     Example:
         >>> import torch
+        >>> from gresbox.structures import GresTarget
         >>> queries, tokens = torch.randn(1, 3, 4), torch.randn(1, 5, 4)
         >>> step = InstancePrediction(torch.zeros(1, 3), queries, torch.randn(1, 4, 8, 8), queries, tokens)
         >>> output = GresOutput(torch.zeros(1, 8, 8), torch.zeros(1), step)
@@ -184,7 +185,7 @@ class InstAlignCriterion(nn.Module):
         factor = self.mask_loss.upsample
         size = (height * factor, width * factor) if self.mask_loss.num_points is None else None
         truth, _ = stack_masks(instance_masks(targets), size)
-        bce, dice = self.mask_loss(matched_masks(steps, matches), truth)  # (B, S, M) each
+        bce, dice = self.mask_loss(steps, truth, matches)  # (B, S, M) each
         counted = matched.transpose(0, 1)
         losses["mask_bce"] = self.weights.mask * (bce * counted).sum() / normaliser
         losses["mask_dice"] = self.weights.mask * (dice * counted).sum() / normaliser

@@ -110,7 +110,7 @@ class InstanceMaskLoss(nn.Module):
             chosen = torch.arange(queries, device=matches.device).expand(batch, -1)
         else:
             matched, chosen = matches >= 0, matches
-        bce, dice = self._compare(matched_masks([prediction], chosen[None]), truth, align_corners)
+        bce, dice = self._compare(prediction, chosen[None], truth, align_corners)
         positive, negative = count_queries(targets, queries, num_instances)
         losses = {"mask_bce": mean_over((bce * matched).sum(), positive), "mask_dice": mean_over((dice * matched).sum(), positive)}
         if self.unmatched:
@@ -128,13 +128,15 @@ class InstanceMaskLoss(nn.Module):
         height, width = prediction.pixels.shape[-2:]
         return stack_masks(masks, (height * self.mask_loss.upsample, width * self.mask_loss.upsample))[0]
 
-    def _compare(self, masks: Tensor, truth: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropy and dice of masks ``(B, 1, K, h, w)``, two ``(B, K)``."""
+    def _compare(self, prediction: InstancePrediction, chosen: Tensor, truth: Tensor, align_corners: bool) -> tuple[Tensor, Tensor]:
+        """Binary cross-entropy and dice of the chosen queries' masks, ``(1, B, K)`` indices to two ``(B, K)``."""
         if self._enlarges:
+            masks = matched_masks([prediction], chosen)  # (B, 1, K, h, w)
             single = masks.flatten(0, 2)[:, None]  # masks may be none; then they must be in the batch axis
             single = F.interpolate(single, size=truth.shape[-2:], mode="bilinear", align_corners=align_corners)
-            masks = single[:, 0].unflatten(0, masks.shape[:3])
-        bce, dice = self.mask_loss(masks, truth)
+            bce, dice = self.mask_loss(single[:, 0].unflatten(0, masks.shape[:3]), truth)
+        else:
+            bce, dice = self.mask_loss([prediction], truth, chosen)
         return bce[:, 0], dice[:, 0]
 
     def extra_repr(self) -> str:

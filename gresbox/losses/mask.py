@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gresbox._checks import check_float, check_range, check_shape
-from gresbox.ops import mask_bce, mask_dice, point_sample, uncertain_points
+from gresbox.ops import mask_bce, mask_dice, matched_mask_losses, point_sample, uncertain_points
 from gresbox.structures import InstancePrediction
 
 __all__ = ["MaskLoss", "matched_masks", "share_pixels", "take_queries"]
@@ -59,9 +59,7 @@ def matched_masks(predictions: Sequence[InstancePrediction], indices: Tensor) ->
         >>> masks.shape, torch.allclose(masks[0, 1, 0], step.masks[0, 8], atol=1e-5)
         (torch.Size([1, 2, 2, 8, 8]), True)
     """
-    check_shape("matched_masks", indices=(indices, "S B M"))
-    if len(predictions) != indices.shape[0]:
-        raise ValueError(f"matched_masks: `indices` must be (S, B, M) with S={len(predictions)}, got {tuple(indices.shape)}.")
+    _check_steps("matched_masks", "indices", predictions, indices)
     pixels = predictions[0].pixels
     dtype = torch.promote_types(pixels.dtype, torch.float32)
     with torch.autocast(pixels.device.type, enabled=False):
@@ -80,6 +78,29 @@ def matched_masks(predictions: Sequence[InstancePrediction], indices: Tensor) ->
     return masks.unflatten(-1, pixels.shape[-2:])
 
 
+def _compare_factored(predictions: Sequence[InstancePrediction], targets: Tensor, matches: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses ``(B, S, M)`` at the masks' own size; one pass over the pixels where all steps share them."""
+    _check_steps("MaskLoss", "matches", predictions, matches)
+    pixels = predictions[0].pixels
+    embeddings = torch.stack([step.mask_embeddings for step in predictions])  # (S, B, N, C)
+    dtype = torch.promote_types(pixels.dtype, torch.float32)
+    if share_pixels(predictions):
+        losses = matched_mask_losses(embeddings, pixels, targets, matches, dtype=dtype)
+    else:
+        each = [
+            matched_mask_losses(embeddings[index, None], step.pixels, targets, matches[index, None], dtype=dtype)
+            for index, step in enumerate(predictions)
+        ]
+        losses = torch.cat([bce for bce, _ in each]), torch.cat([dice for _, dice in each])
+    return losses[0].transpose(0, 1), losses[1].transpose(0, 1)
+
+
+def _check_steps(who: str, argument: str, predictions: Sequence[InstancePrediction], indices: Tensor) -> None:
+    check_shape(who, **{argument: (indices, "S B M")})
+    if len(predictions) != indices.shape[0]:
+        raise ValueError(f"{who}: `{argument}` must be (S, B, M) with S={len(predictions)}, got {tuple(indices.shape)}.")
+
+
 class MaskLoss(nn.Module):
     r"""Binary cross-entropy and dice of several predictions of the same target masks.
 
@@ -90,6 +111,9 @@ class MaskLoss(nn.Module):
     Differs from the paper: by default on all pixels at the masks' size with area-averaged targets, which is exact and, at a
     quarter of 480 pixels, cheaper than Mask2Former's points; ``num_points=12544`` gives Mask2Former's way.
 
+    It takes ready masks, or decoder steps and the query of each target; then masks on all pixels at their own size are compared
+    while they are still factored (:func:`gresbox.ops.matched_mask_losses`), and others are built first.
+
     Args:
         num_points: Points per mask; None: all pixels.
         upsample: Enlarge the predictions bilinearly by this factor before they are compared on all pixels, so that masks learn to
@@ -99,11 +123,12 @@ class MaskLoss(nn.Module):
         generator: Source of the random points.
 
     Shape:
-        - ``masks``: ``(B, S, M, h, w)`` logits; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size times
-          ``upsample`` unless points are sampled.
-        - returns two ``(B, S, M)``: bce and dice.
+        - ``masks``: ``(B, S, M, h, w)`` logits, or ``S`` decoder steps and ``matches``: ``(S, B, M)`` int64, -1 where there is no
+          query; ``targets``: ``(B, M, H, W)`` in [0, 1] or bool, at the masks' size times ``upsample`` unless points are sampled.
+        - returns two ``(B, S, M)``: bce and dice; what a target without a query gets is for the caller to weight with 0.
 
     Raises:
+        TypeError: If decoder steps come without ``matches``.
         ValueError: If the shapes disagree or an option is out of range.
 
     Example:
@@ -137,7 +162,19 @@ class MaskLoss(nn.Module):
         self.importance = importance
         self.generator = generator
 
-    def forward(self, masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, masks: Tensor | Sequence[InstancePrediction], targets: Tensor, matches: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if isinstance(masks, Tensor):
+            return self._compare(masks, targets)
+        if matches is None:
+            raise TypeError("MaskLoss: `matches` must be given with decoder steps, got None.")
+        if self.num_points is None and self.upsample == 1:
+            return _compare_factored(masks, targets, matches)
+        return self._compare(matched_masks(masks, matches), targets)
+
+    def _compare(self, masks: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Losses of ready masks, ``(B, S, M, h, w)``."""
         check_shape("MaskLoss", masks=(masks, "B S M * *"))
         check_float("MaskLoss", masks=masks)
         masks = masks.to(torch.promote_types(masks.dtype, torch.float32))

@@ -8,7 +8,7 @@ from gresbox.ops.block_filter import filter_blocks
 from gresbox.ops.boxes import box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, generalized_box_iou
 from gresbox.ops.deformable import deformable_attention
 from gresbox.ops.mask_costs import pairwise_mask_cost, query_mask_cost
-from gresbox.ops.mask_losses import mask_bce, mask_dice
+from gresbox.ops.mask_losses import mask_bce, mask_dice, matched_mask_losses
 from gresbox.ops.mask_targets import stack_masks
 from gresbox.ops.masked import masked_attention
 from gresbox.ops.object_text import cross_attend_both
@@ -34,6 +34,7 @@ __all__ = [
     "mask_dice",
     "masked_attention",
     "match_patches",
+    "matched_mask_losses",
     "pairwise_mask_cost",
     "point_sample",
     "query_mask_cost",

@@ -136,6 +136,31 @@ def test_enlarged_masks_are_compared_at_their_new_size(count):
     sum(x.sum() for x in MaskLoss(upsample=2)(masks, targets)).backward()
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("options", [{}, {"upsample": 2}, {"num_points": 9}])
+def test_decoder_steps_are_compared_like_their_masks(shared, options):
+    """Where there is a match; a place without one gets what its caller weights with 0."""
+    steps, indices = steps_of(shared=shared), torch.randint(0, 6, (3, 2, 4))
+    indices[:, 1, 2:] = -1
+    size = (5 * options.get("upsample", 1), 7 * options.get("upsample", 1))
+    targets = torch.rand(2, 4, *size, dtype=torch.float64)
+    weight = torch.randn(2, 2, 3, 4, dtype=torch.float64) * (indices >= 0).transpose(0, 1)
+    leaves = [step.mask_embeddings for step in steps] + list({id(s.pixels): s.pixels for s in steps}.values())
+    found = []
+    for inputs in ((matched_masks(steps, indices), targets), (steps, targets, indices)):
+        loss = MaskLoss(**options, generator=torch.Generator().manual_seed(0))
+        total = (torch.stack(loss(*inputs)) * weight).sum()
+        found.append([total, *torch.autograd.grad(total, leaves)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_decoder_steps_need_their_matches():
+    with pytest.raises(TypeError, match=r"^MaskLoss: `matches` must be given with decoder steps, got None\.$"):
+        MaskLoss()(steps_of(), torch.zeros(2, 4, 5, 7))
+    with pytest.raises(ValueError, match=r"^MaskLoss: `matches` must be \(S, B, M\) with S=3, got \(2, 2, 4\)\.$"):
+        MaskLoss()(steps_of(), torch.zeros(2, 4, 5, 7), torch.zeros(2, 2, 4, dtype=torch.int64))
+
+
 def test_points_without_instances():
     bce, dice = MaskLoss(9)(torch.zeros(2, 3, 0, 5, 7), torch.zeros(2, 0, 10, 14))
     assert bce.shape == dice.shape == (2, 3, 0)

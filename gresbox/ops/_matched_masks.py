@@ -1,0 +1,169 @@
+"""The registered op behind ``matched_mask_losses``: piece by piece, so that masks without a match are never built.
+
+With ``D = sum p + sum y + 1`` the gradients of the losses of one mask are
+
+    d bce / ds_x = (p_x - y_x) / P,    d dice / ds_x = p_x (1 - p_x) ((2 sum p y + 1) / D^2 - 2 y_x / D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gresbox.ops._pixel_chunks import pieces_of
+from gresbox.ops._register import Forms, define_op
+
+__all__ = ["compare_matched", "kernel_refusal", "targets_with_match"]
+
+_Found = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def compare_pieces(rows: Tensor, pixels: Tensor, targets: Tensor, matched: Tensor, keep: bool) -> _Found:
+    """Losses ``(B, M, S)`` of rows ``(B, M, S, C)``; the sums ``D`` and ``2 sum p y + 1``; the probabilities if they are kept."""
+    bce, dice, sums, probs = _empty(rows, pixels, targets, matched, keep)
+    area = pixels.shape[2] * pixels.shape[3]
+    totals = torch.zeros((3, *matched.shape), dtype=bce.dtype, device=bce.device)  # of the terms, of p and of p y
+    for image, count, part, truth in _pieces(targets, matched):
+        masks = _masks(rows[image, :count], pixels[image], part, bce.dtype)
+        terms = torch.addcmul(F.softplus(masks, threshold=40), masks, truth.to(bce.dtype), value=-1)
+        prob = masks.sigmoid_()
+        if keep:
+            probs[image, :count, :, part] = prob
+        totals[0, image, :count] += terms.sum(-1)
+        totals[1, image, :count] += prob.sum(-1)
+        totals[2, image, :count] += prob.mul_(truth).sum(-1)
+    covered = targets.flatten(2).sum(-1, dtype=bce.dtype)[..., None]
+    torch.add(totals[1], covered + 1, out=sums[0])
+    torch.add(totals[2] * 2, 1, out=sums[1])
+    for loss, values in ((bce, totals[0] / max(area, 1)), (dice, 1 - sums[1] / sums[0])):
+        loss.copy_(values.masked_fill(~matched, 0))
+    return bce, dice, sums, probs
+
+
+def differentiate_pieces(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    rows: Tensor,
+    pixels: Tensor,
+    targets: Tensor,
+    matched: Tensor,
+    keep: bool,
+    sums: Tensor,
+    probs: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of rows and pixels; masks are built again where their probabilities were not kept."""
+    dtype, features = sums.dtype, pixels.flatten(2)
+    to_terms = (grad_bce / max(features.shape[2], 1)).masked_fill(~matched, 0)[..., None]
+    to_inside = (grad_dice * -2 / sums[0]).masked_fill(~matched, 0)[..., None]
+    to_all = to_inside * (sums[1] / sums[0])[..., None] / -2
+    grad_rows = torch.zeros(rows.shape, dtype=dtype, device=rows.device) if needs[0] else None
+    grad_pixels = torch.empty(features.shape, dtype=pixels.dtype, device=pixels.device) if needs[1] else None
+    if grad_pixels is not None:
+        for image, count in enumerate(targets_with_match(matched)):
+            if count == 0:
+                grad_pixels[image] = 0
+    for image, count, part, truth in _pieces(targets, matched):
+        row, feature = rows[image, :count].flatten(0, 1).to(dtype), features[image, :, part].to(dtype)
+        at, truth = (image, slice(count)), truth.to(dtype)
+        prob = probs[image, :count, :, part] if keep else (row @ feature).sigmoid_().unflatten(0, (count, -1))
+        slope = torch.addcmul(prob, prob, prob, value=-1)
+        slope *= torch.addcmul(to_all[at], to_inside[at], truth)
+        grad_masks = slope.addcmul_(to_terms[at], prob - truth).flatten(0, 1)
+        if grad_rows is not None:
+            grad_rows[image, :count] += (grad_masks @ feature.mT).view(count, *rows.shape[2:])
+        if grad_pixels is not None:
+            _write_product(row.mT, grad_masks, grad_pixels[image, :, part])
+    return (
+        None if grad_rows is None else grad_rows.to(rows.dtype),
+        None if grad_pixels is None else grad_pixels.view(pixels.shape),
+    )
+
+
+def _write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Without a second copy where dtypes allow it: on the CPU making that is a third of the product's time."""
+    if out.dtype == right.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        out.copy_(left @ right)
+
+
+def _pieces(targets: Tensor, matched: Tensor) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Image, how many of its targets are looked at, a range of its pixels, and their truth there, ``(count, 1, pixels)``."""
+    truth = targets.flatten(2)
+    for image, count in enumerate(targets_with_match(matched)):
+        if count:
+            for _, part in pieces_of(1, count * matched.shape[2], truth.shape[2], 0, targets.device):
+                yield image, count, part, truth[image, :count, None, part]
+
+
+def targets_with_match(matched: Tensor) -> list[int]:
+    """How many targets of each image, from the first on, have all its matches; a device is not asked."""
+    batch, most, steps = matched.shape
+    if matched.device.type != "cpu" or matched.numel() == 0:
+        return [most if steps else 0] * batch
+    return (matched.any(2) * torch.arange(1, most + 1, device=matched.device)).amax(1).tolist()
+
+
+def _masks(rows: Tensor, pixels: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
+    """Logits ``(count, S, pixels)`` of rows ``(count, S, C)``."""
+    masks = rows.flatten(0, 1).to(dtype) @ pixels.flatten(1)[:, part].to(dtype)
+    return masks.unflatten(0, rows.shape[:2])
+
+
+def _empty(rows: Tensor, pixels: Tensor, targets: Tensor, matched: Tensor, keep: bool) -> _Found:
+    """The op's outputs, not filled."""
+    dtype = torch.promote_types(torch.promote_types(rows.dtype, pixels.dtype), torch.float32)
+    loss = rows.new_empty(matched.shape, dtype=dtype)
+    probs = rows.new_empty((*matched.shape, pixels.shape[2] * pixels.shape[3]) if keep else (0,), dtype=dtype)
+    return loss, torch.empty_like(loss), rows.new_empty((2, *matched.shape), dtype=dtype), probs
+
+
+def _compare_by_kernel(rows: Tensor, pixels: Tensor, targets: Tensor, matched: Tensor, keep: bool) -> _Found:
+    from gresbox.kernels.mask_losses import compare
+
+    bce, dice, sums = compare(rows, pixels, targets, matched)
+    return bce, dice, sums, bce.new_empty((0,))
+
+
+def _differentiate_by_kernel(
+    grad_bce: Tensor,
+    grad_dice: Tensor,
+    rows: Tensor,
+    pixels: Tensor,
+    targets: Tensor,
+    matched: Tensor,
+    keep: bool,
+    sums: Tensor,
+    probs: Tensor,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    from gresbox.kernels.mask_losses import differentiate
+
+    return differentiate((grad_bce, grad_dice), rows, pixels, targets, matched, sums, (needs[0], needs[1]))
+
+
+def kernel_refusal(rows: Tensor, pixels: Tensor, targets: Tensor, *others: object) -> str | None:
+    """Why the kernel cannot take these inputs, or None; ``rows`` may be anything whose last axis is C."""
+    if 0 in (*rows.shape, *pixels.shape, *targets.shape):
+        return "some axis has no element"
+    for tensor in (pixels, targets):  # addresses inside one image are 32 bits wide
+        if sum((size - 1) * step for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+            return "one image reaches over more than 2**31 values"
+    return None
+
+
+compare_matched = define_op(
+    "matched_mask_losses(Tensor rows, Tensor pixels, Tensor targets, Tensor matched, bool keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_empty,
+    forward=Forms(compare_pieces, _compare_by_kernel, lambda *args: "masks are kept" if args[4] else kernel_refusal(*args)),
+    backward=Forms(
+        differentiate_pieces, _differentiate_by_kernel, lambda *args: "masks are kept" if args[6] else kernel_refusal(*args[2:])
+    ),
+    differentiable=("rows", "pixels"),
+    auxiliary=(2, 3),
+)
