@@ -138,3 +138,10 @@ def test_an_auxiliary_output_is_saved_for_the_backward_op():
     torch.library.opcheck(clipped, (x,))
     got = torch.compile(lambda x: clipped(x)[0] * 2, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(torch.autograd.grad(got.sum(), x)[0], x.detach().exp() * torch.tensor([1.0, 2.0]))
+
+
+def test_a_module_that_is_executed_again_gets_its_op_and_no_other_may_take_the_name():
+    schema = "test_power(Tensor x, Tensor? weight, int power) -> Tensor"
+    assert define_op(schema, fake=None, forward=Forms(_forward)) is power_of
+    with pytest.raises(RuntimeError, match="register an operator"):
+        define_op(schema, fake=None, forward=Forms(torch.add))
