@@ -93,15 +93,15 @@ class DeformableAttention(nn.Module):
             check_shape("DeformableAttention", value=(value, "B S C"), valid=(valid, "B S"))
             projected = projected.masked_fill(~valid.bool()[..., None], 0.0)
         with torch.autocast(query.device.type, enabled=False):
-            locations, weights = self._locations(query, reference, spatial_shapes)
-        out = deformable_attention(projected.unflatten(-1, (self.num_heads, -1)), spatial_shapes, locations, weights)
-        return self.output_proj(out)
+            locations, logits = self._locations(query, reference, spatial_shapes)
+        value = projected.unflatten(-1, (self.num_heads, -1))
+        return self.output_proj(deformable_attention(value, spatial_shapes, locations, logits, softmax=True))
 
     def _locations(self, query: Tensor, reference: Tensor, spatial_shapes: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Where each head looks, ``(B, Q, heads, levels, points, 2)``, and how much it weighs what it sees, the same without xy."""
+        """Where each head looks, ``(B, Q, heads, levels, points, 2)``, and the logits of its weights, the same without xy."""
         heads = (self.num_heads, self.num_levels, self.num_points)
         offsets = _linear32(self.sampling_offsets, query).unflatten(-1, (*heads, 2))
-        weights = _linear32(self.attention_weights, query).unflatten(-1, (self.num_heads, -1)).softmax(-1)
+        logits = _linear32(self.attention_weights, query).unflatten(-1, heads)
         reference = reference.to(offsets.dtype)[:, :, None, :, None]  # (B, Q, 1, levels, 1, 2 or 4)
         if reference.shape[-1] == 2:
             # filled on the device: a tensor made from a list would be copied there and stall it
@@ -113,7 +113,7 @@ class DeformableAttention(nn.Module):
             raise ValueError(
                 f"DeformableAttention: `reference` must end in 2 (points) or 4 (boxes) coordinates, got {reference.shape[-1]}."
             )
-        return locations, weights.unflatten(-1, heads[1:])
+        return locations, logits
 
 
 def _linear32(layer: nn.Linear, x: Tensor) -> Tensor:

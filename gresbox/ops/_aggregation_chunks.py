@@ -1,4 +1,12 @@
-"""The registered op behind ``aggregate_queries``: chunks of pixels, forward and backward, so that all masks never exist at once."""
+"""The registered op behind ``aggregate_queries``: pieces of the batch, forward and backward, so that all masks never exist at once.
+
+With PReLU the gradient needs one thing of the masks: on which side of zero they are. The forward pass keeps that, and the masks are
+not built a second time. With ``M`` the logits' gradient ``g`` where a mask is positive and 0 elsewhere,
+
+    sum_x g PReLU'(s_i) V = A_i + a_i (u - A_i),    A = M V^t,    u = g V^t,    sum_x g min(s_i, 0) = Q_i . (u - A_i),
+
+and PReLU is its slope times its argument, so that the gradients of queries, scores and slopes follow from ``A`` and ``u``.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +17,49 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox.ops._pixel_chunks import chunks_of
+from gresbox.ops._pixel_chunks import pieces_of
 from gresbox.ops._register import Forms, define_op
 
-__all__ = ["FORMS", "SELECT_NOTHING", "SMALLEST", "aggregate_factored", "merge_chunks", "unmerge_chunks"]
+__all__ = ["FORMS", "KEEP_BITS", "KEEP_BYTES", "KEEP_NOTHING", "SELECT_NOTHING", "SMALLEST", "aggregate_factored", "kernel_refusal"]
 
 FORMS = ("prelu", "noisy_or", "select")
 SELECT_NOTHING = -10.0  # merged logit of "select" where no query is selected
 SMALLEST = 1e-30  # scores below count as this in "noisy_or": its logarithm and the reciprocal are finite in float32
+KEEP_NOTHING, KEEP_BYTES, KEEP_BITS = 0, 1, 32  # how the sides of zero are kept: queries' pixels per number
 
 _Gradients = tuple[Tensor, Tensor, Tensor]
+_Found = tuple[Tensor | None, ...]
 
 
-def merge_chunks(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int) -> Tensor:
-    """Merged logits ``(B, H, W)`` in the widest of float32 and the inputs' dtypes."""
+def merge_pieces(
+    queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    """Merged logits ``(B, H, W)`` in the widest of float32 and the inputs' dtypes, and where masks are positive if that is kept."""
     query, features, score, factor = _prepare(queries, pixels, scores, slope)
-    merged = query.new_empty((features.shape[0], features.shape[2]))
-    for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
-        masks = query @ features[:, :, part].to(query.dtype)  # (B, N, chunk)
-        merged[:, part] = _merge(masks, score, factor, form)
-    return merged.view(pixels.shape[0], *pixels.shape[2:])
+    merged, sides = _empty(queries, pixels, scores, slope, form, chunk, keep)
+    flat, positive = merged.flatten(1), sides
+    if keep == KEEP_BITS and sides.ndim == 3:
+        positive = sides.new_empty((*query.shape[:2], features.shape[2]), dtype=torch.bool)
+    rows, weights = query, score[:, None]
+    if form == "prelu":
+        rows, weights = _rectified_rows(query, score, factor)
+    for images, part in pieces_of(features.shape[0], rows.shape[1], features.shape[2], chunk, queries.device):
+        masks = rows[images] @ features[images, :, part].to(query.dtype)
+        if form != "prelu":
+            flat[images, part] = _merge(masks, score[images], form)
+            continue
+        if factor is not None:
+            built = masks[:, :-1]
+            if keep and sides.ndim == 3:
+                torch.gt(built, 0, out=positive[images, :, part])
+            built.relu_()
+        flat[images, part] = (weights[images] @ masks)[:, 0]
+    if positive is not sides:
+        sides.copy_(_packed(positive))
+    return merged, sides
 
 
-def _fake(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int) -> Tensor:
-    return pixels.new_empty((pixels.shape[0], *pixels.shape[2:]), dtype=_wide(queries, pixels, scores))
-
-
-def unmerge_chunks(
+def unmerge_pieces(
     grad: Tensor,
     queries: Tensor,
     pixels: Tensor,
@@ -43,28 +67,48 @@ def unmerge_chunks(
     slope: Tensor | None,
     form: str,
     chunk: int,
+    keep: int,
+    sides: Tensor,
     needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of queries, pixels, scores and slope; each chunk's masks are built again."""
+) -> _Found:
+    """Gradients of queries, pixels, scores and slope."""
     query, features, score, factor = _prepare(queries, pixels, scores, slope)
-    grad = grad.flatten(1)
-    grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
-    grad_factor = torch.zeros_like(score)  # per query, summed at the end where there is one slope
     grad_pixels = pixels.new_empty(features.shape) if needs[1] else None
-    for part in chunks_of(features.shape[2], score.numel(), chunk, queries.device):
-        feature = features[:, :, part].to(query.dtype)
-        grad_masks, part_score, part_factor = _unmerge(query @ feature, score, factor, grad[:, part], form)
-        grad_query += grad_masks @ feature.mT
-        grad_score += part_score
-        grad_factor += part_factor
-        if grad_pixels is not None:
-            grad_pixels[:, :, part] = query.mT @ grad_masks
-    if grad_pixels is not None:
-        grad_pixels = grad_pixels.view(pixels.shape)
+    if form == "prelu":
+        if keep == KEEP_BITS and sides.ndim == 3:
+            sides = _unpacked(sides, features.shape[2])
+        found = _unmerge_prelu(grad.flatten(1), sides, (query, features, score, factor), chunk, grad_pixels)
+    else:
+        found = _unmerge_masks(grad.flatten(1), (query, features, score), form, chunk, grad_pixels)
+    grad_query, grad_score, grad_factor = found
     grad_slope = None
     if slope is not None:
         grad_slope = (grad_factor.sum() if slope.ndim == 0 else grad_factor.sum(0)).to(slope.dtype)
+    if grad_pixels is not None:
+        grad_pixels = grad_pixels.view(pixels.shape)
     return grad_query.to(queries.dtype), grad_pixels, grad_score.to(scores.dtype), grad_slope
+
+
+def _empty(
+    queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | None, form: str, chunk: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    """The op's outputs, not filled."""
+    area = pixels.shape[2] * pixels.shape[3]
+    size = (*queries.shape[:2], area if keep == KEEP_BYTES else -(-area // 32))
+    known = keep != KEEP_NOTHING and slope is not None and form == "prelu"
+    sides = pixels.new_empty(size if known else (0,), dtype=torch.int32 if keep == KEEP_BITS else torch.bool)
+    return pixels.new_empty((pixels.shape[0], *pixels.shape[2:]), dtype=_wide(queries, pixels, scores)), sides
+
+
+def _packed(positive: Tensor) -> Tensor:
+    """``(B, N, P)`` bool to ``(B, N, ceil(P / 32))`` int32; pixel 0 is the lowest bit."""
+    padded = F.pad(positive, (0, -positive.shape[-1] % 32)).unflatten(-1, (-1, 32)).to(torch.int32)
+    return (padded << torch.arange(32, device=positive.device, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+
+
+def _unpacked(sides: Tensor, area: int) -> Tensor:
+    bits = sides[..., None] >> torch.arange(32, device=sides.device, dtype=torch.int32)
+    return (bits & 1).bool().flatten(-2)[..., :area]
 
 
 def _wide(*tensors: Tensor) -> torch.dtype:
@@ -81,12 +125,64 @@ def _prepare(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | No
     return queries.to(dtype), pixels.flatten(2), scores.to(dtype), factor
 
 
-def _merge(masks: Tensor, scores: Tensor, slope: Tensor | None, form: str) -> Tensor:
+def _rectified_rows(query: Tensor, score: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PReLU is linear plus a multiple of max(s, 0): queries, the linear part as one more, ``(B, N + 1, C)``, and their weights."""
+    ones = score.new_ones((score.shape[0], 1, 1))
+    if factor is None:
+        return score[:, None] @ query, ones
+    slope = factor[:, 0]
+    rows = torch.cat([query, (score * slope)[:, None] @ query], 1)
+    return rows, torch.cat([(score * (1 - slope))[:, None], ones], -1)
+
+
+def _unmerge_prelu(
+    grad: Tensor, sides: Tensor, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], chunk: int, grad_pixels: Tensor | None
+) -> _Gradients:
+    """Gradients of queries, scores and slopes per image and query; that of the pixels is written."""
+    query, features, score, factor = inputs
+    count = 0 if factor is None else query.shape[1]
+    rows, weights = _rectified_rows(query, score, factor)
+    back = (rows * weights.mT).mT  # (B, C, N + 1)
+    sums = torch.zeros_like(rows)
+    for images, part in pieces_of(features.shape[0], rows.shape[1], features.shape[2], chunk, query.device):
+        feature, column = features[images, :, part].to(query.dtype), grad[images, None, part]
+        masked = grad.new_empty((column.shape[0], count + 1, column.shape[2]))
+        if count:
+            positive = sides[images, :, part] if sides.ndim == 3 else query[images] @ feature > 0
+            torch.mul(positive, column, out=masked[:, :count])
+        masked[:, count:] = column
+        sums[images].baddbmm_(masked, feature.mT)
+        if grad_pixels is not None and grad_pixels.dtype == back.dtype:
+            torch.bmm(back[images], masked, out=grad_pixels[images, :, part])
+        elif grad_pixels is not None:
+            grad_pixels[images, :, part] = back[images] @ masked
+    everywhere = sums[:, count:]
+    if factor is None:
+        change, below = everywhere, torch.zeros_like(everywhere)
+    else:
+        below = everywhere - sums[:, :count]
+        change = sums[:, :count] + factor * below
+    return score[..., None] * change, (query * change).sum(-1), score * (query * below).sum(-1)
+
+
+def _unmerge_masks(
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor], form: str, chunk: int, grad_pixels: Tensor | None
+) -> _Gradients:
+    """As :func:`_unmerge_prelu` for the forms whose gradient needs the masks; they are built again."""
+    query, features, score = inputs
+    grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
+    for images, part in pieces_of(features.shape[0], query.shape[1], features.shape[2], chunk, query.device):
+        feature = features[images, :, part].to(query.dtype)
+        grad_masks, part_score = _unmerge(query[images] @ feature, score[images], grad[images, part], form)
+        grad_query[images] += grad_masks @ feature.mT
+        grad_score[images] += part_score
+        if grad_pixels is not None:
+            grad_pixels[images, :, part] = query[images].mT @ grad_masks
+    return grad_query, grad_score, torch.zeros_like(score)
+
+
+def _merge(masks: Tensor, scores: Tensor, form: str) -> Tensor:
     """``(B, N, P)`` logits, ``(B, N)`` scores to ``(B, P)``. It may write over ``masks``."""
-    if form == "prelu":
-        if slope is not None:
-            masks = torch.where(masks > 0, masks, masks * slope)
-        return (scores[:, None] @ masks)[:, 0]
     if masks.shape[1] == 0:
         return masks.sum(1) + (math.log(SMALLEST) if form == "noisy_or" else SELECT_NOTHING)
     if form == "noisy_or":
@@ -96,34 +192,16 @@ def _merge(masks: Tensor, scores: Tensor, slope: Tensor | None, form: str) -> Te
     return torch.where(chosen.any(1)[:, None], largest, SELECT_NOTHING)
 
 
-def _unmerge(masks: Tensor, scores: Tensor, slope: Tensor | None, grad: Tensor, form: str) -> _Gradients:
-    """Gradients of ``(grad * merged).sum()`` with respect to masks ``(B, N, P)``, scores and slopes ``(B, N)``."""
-    if form == "prelu":
-        return _unmerge_prelu(masks, scores, slope, grad)
-    nothing = torch.zeros_like(scores)
+def _unmerge(masks: Tensor, scores: Tensor, grad: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Gradients of ``(grad * merged).sum()`` with respect to masks ``(B, N, P)`` and scores ``(B, N)``."""
     if masks.shape[1] == 0:
-        return masks, nothing, nothing
+        return masks, torch.zeros_like(scores)
     if form == "noisy_or":
-        grad_masks, grad_scores = _unmerge_noisy_or(masks, scores, grad)
-        return grad_masks, grad_scores, nothing
+        return _unmerge_noisy_or(masks, scores, grad)
     chosen = scores > 0.5
     largest = masks.masked_fill(~chosen[..., None], -torch.inf).max(1, keepdim=True).indices
     passed = grad * chosen.any(1)[:, None]
-    return masks.zero_().scatter_(1, largest, passed[:, None]), nothing, nothing
-
-
-def _unmerge_prelu(masks: Tensor, scores: Tensor, slope: Tensor | None, grad: Tensor) -> _Gradients:
-    """Of ``z = sum_i p_i (max(s_i, 0) + a_i min(s_i, 0))``."""
-    column = grad[..., None]  # (B, P, 1)
-    below = masks.clamp(max=0)
-    if slope is None:
-        grad_slope = torch.zeros_like(scores)
-        grad_scores = (masks @ column)[..., 0]
-        return scores[..., None] * grad[:, None], grad_scores, grad_slope
-    below_sum = (below @ column)[..., 0]  # (B, N)
-    grad_scores = ((masks - below) @ column)[..., 0] + slope[:, 0] * below_sum
-    weight = torch.where(masks > 0, 1, slope)  # dPReLU/ds
-    return weight * scores[..., None] * grad[:, None], grad_scores, scores * below_sum
+    return masks.zero_().scatter_(1, largest, passed[:, None]), torch.zeros_like(scores)
 
 
 def _noisy_or_terms(masks: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,10 +225,67 @@ def _unmerge_noisy_or(masks: Tensor, scores: Tensor, grad: Tensor) -> tuple[Tens
     return grad_masks, torch.where(scores >= SMALLEST, grad_scores, 0)
 
 
+def kernel_refusal(queries: Tensor, pixels: Tensor, slope: Tensor | None, form: str) -> str | None:
+    """Why the kernel cannot take these inputs."""
+    if form != "prelu" or slope is None:
+        return "its kernel merges with form='prelu' and a slope"
+    if pixels.shape[1] > 4096:
+        return f"its kernel takes up to 4096 channels, here are {pixels.shape[1]}"
+    reach = sum((size - 1) * stride for size, stride in zip(pixels.shape[1:], pixels.stride()[1:], strict=True))
+    if reach >= 2**31:
+        return "one image's pixel features reach over 2**31 numbers"
+    return None
+
+
+def _merge_kernel(
+    queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor, form: str, chunk: int, keep: int
+) -> tuple[Tensor, Tensor]:
+    from gresbox.kernels.aggregation import merge
+
+    if not pixels.numel():
+        return merge_pieces(queries, pixels, scores, slope, form, chunk, keep)
+    merged, sides = merge(queries, pixels.flatten(2), scores, slope, keep == KEEP_BITS)
+    return merged.view(pixels.shape[0], *pixels.shape[2:]), sides
+
+
+def _unmerge_kernel(
+    grad: Tensor,
+    queries: Tensor,
+    pixels: Tensor,
+    scores: Tensor,
+    slope: Tensor,
+    form: str,
+    chunk: int,
+    keep: int,
+    sides: Tensor,
+    needs: Sequence[bool],
+) -> _Found:
+    from gresbox.kernels.aggregation import merge, unmerge
+
+    if not pixels.numel():
+        return unmerge_pieces(grad, queries, pixels, scores, slope, form, chunk, keep, sides, needs)
+    features = pixels.flatten(2)
+    if keep != KEEP_BITS:
+        sides = merge(queries, features, scores, slope, True)[1] if keep == KEEP_NOTHING else _packed(sides)
+    to_rest = needs[0] or needs[2] or needs[3]
+    flat = grad.contiguous().flatten(1)
+    found = unmerge(flat, sides, queries, features, scores, slope, to_pixels=needs[1], to_rest=to_rest)
+    grad_query, grad_pixels, grad_score, grad_slope = found
+    if grad_slope is not None:
+        grad_slope = (grad_slope.sum() if slope.ndim == 0 else grad_slope.sum(0)).to(slope.dtype)
+    return grad_query, None if grad_pixels is None else grad_pixels.view(pixels.shape), grad_score, grad_slope
+
+
 aggregate_factored = define_op(
-    "aggregate_queries(Tensor queries, Tensor pixels, Tensor scores, Tensor? slope, str form, int chunk) -> Tensor",
-    fake=_fake,
-    forward=Forms(merge_chunks),
-    backward=Forms(unmerge_chunks),
+    "aggregate_queries(Tensor queries, Tensor pixels, Tensor scores, Tensor? slope, str form, int chunk, int keep)"
+    " -> (Tensor, Tensor)",
+    fake=_empty,
+    forward=Forms(
+        merge_pieces,
+        _merge_kernel,
+        lambda q, v, p, a, form, chunk, keep: "it keeps bits" if keep == KEEP_BYTES else kernel_refusal(q, v, a, form),
+    ),
+    backward=Forms(unmerge_pieces, _unmerge_kernel, lambda grad, q, v, p, a, form, *rest: kernel_refusal(q, v, a, form)),
     differentiable=("queries", "pixels", "scores", "slope"),
+    auxiliary=(1,),
 )

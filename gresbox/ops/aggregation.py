@@ -9,7 +9,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gresbox._checks import check_choice, check_range, check_shape
-from gresbox.ops._aggregation_chunks import FORMS, SELECT_NOTHING, SMALLEST, aggregate_factored
+from gresbox.ops._aggregation_chunks import (
+    FORMS,
+    KEEP_BITS,
+    KEEP_BYTES,
+    KEEP_NOTHING,
+    SELECT_NOTHING,
+    SMALLEST,
+    aggregate_factored,
+    kernel_refusal,
+)
 from gresbox.ops._backend import use_triton
 from gresbox.ops._precision import accumulation_dtype, no_autocast
 
@@ -120,13 +129,17 @@ def aggregate_queries(
     check_choice(who, "form", form, FORMS)
     if chunk is not None:
         check_range(who, "chunk", chunk, low=1)
-    use_triton(who, backend, queries, pixels, scores)
     factor = _check_slope(who, slope, sizes["N"], queries.device) if form == "prelu" else None
+    inputs = [tensor for tensor in (queries, pixels, scores, factor) if tensor is not None]
+    kernel = use_triton(who, backend, *inputs, kernel=kernel_refusal(queries, pixels, factor, form) or True)
     with no_autocast(queries):
         if backend == "eager":
             masks = (queries.to(dtype) @ pixels.to(dtype).flatten(2)).unflatten(-1, pixels.shape[-2:])
             return aggregate_masks(masks, scores, factor, bias=bias, form=form).to(queries.dtype)
-        merged = aggregate_factored(queries, pixels, scores, factor, form, chunk or 0)
+        keep = KEEP_BITS if kernel else KEEP_BYTES
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+            keep = KEEP_NOTHING
+        merged, _ = aggregate_factored(queries, pixels, scores, factor, form, chunk or 0, keep)
         return _add_bias(who, merged, bias).to(queries.dtype)
 
 

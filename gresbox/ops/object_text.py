@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gresbox._checks import check_shape
+from gresbox.ops._backend import use_triton
+from gresbox.ops._bidirectional_attention import allowed_tokens, attend_both, attend_op, kernel_refusal
 from gresbox.ops._precision import accumulation_dtype, no_autocast, real_tokens
 
 __all__ = ["cross_attend_both"]
@@ -20,6 +21,8 @@ def cross_attend_both(
     object_key: Tensor,
     object_value: Tensor,
     valid: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     r"""Objects attend to words and words attend to objects, both reading the state before the step.
 
@@ -39,6 +42,8 @@ def cross_attend_both(
         object_value: Values of the objects.
         valid: True on real tokens; None: all are real. Objects attend to real tokens only; a text of only padding behaves as if its
             first token were real.
+        backend: ``"eager"`` is the equation as printed and the only form with a double backward; ``"auto"`` is the Triton kernel on
+            CUDA, PyTorch's attention elsewhere; ``"triton"`` is the kernel, which does both directions in one launch.
 
     Shape:
         - ``object_*``: ``(B, heads, N, D)``; ``token_*``: ``(B, heads, L, D)``; ``valid``: ``(B, L)``.
@@ -47,6 +52,7 @@ def cross_attend_both(
     Raises:
         TypeError: If an input is not floating-point.
         ValueError: If a shape does not fit.
+        RuntimeError: If ``backend`` is not possible here.
 
     Example:
         >>> import torch
@@ -66,15 +72,35 @@ def cross_attend_both(
     )
     accumulation_dtype(who, object_query=object_query, token_key=token_key, token_value=token_value)
     accumulation_dtype(who, token_query=token_query, object_key=object_key, object_value=object_value)
-    dtype = object_query.dtype
-    allowed = None
-    if valid is not None:
-        real = real_tokens(who, valid, token_key)
-        first = torch.arange(real.shape[-1], device=real.device) == 0
-        allowed = (real | (first & ~real.any(-1, keepdim=True)))[:, None, None]  # (B, 1, 1, L)
+    real = None if valid is None else real_tokens(who, valid, token_key)
+    shared = object_key is object_query and token_query is token_key  # one affinity serves both directions
+    inputs = [object_query, token_key, token_value, token_query, object_key, object_value]
+    kernel = use_triton(who, backend, *inputs, kernel=kernel_refusal(object_query, token_key) or True)
     with no_autocast(object_query):
-        token_key, token_value = token_key.to(dtype), token_value.to(dtype)
-        token_query, object_key, object_value = token_query.to(dtype), object_key.to(dtype), object_value.to(dtype)
-        objects = F.scaled_dot_product_attention(object_query, token_key, token_value, attn_mask=allowed)
-        tokens = F.scaled_dot_product_attention(token_query, object_key, object_value)
-    return objects, tokens
+        if backend == "eager":
+            return _as_printed(*inputs, allowed=allowed_tokens(real))
+        inputs = [tensor.to(object_query.dtype) for tensor in inputs]
+        if kernel:
+            return attend_op(*inputs, None if real is None else real.contiguous(), shared)
+        return attend_both(*inputs, allowed=allowed_tokens(real))
+
+
+def _as_printed(
+    object_query: Tensor,
+    token_key: Tensor,
+    token_value: Tensor,
+    token_query: Tensor,
+    object_key: Tensor,
+    object_value: Tensor,
+    *,
+    allowed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Two softmaxes of two affinities, ``(B, heads, N, L)`` and ``(B, heads, L, N)``."""
+    dtype = torch.promote_types(object_query.dtype, torch.float32)
+    scale = max(object_query.shape[-1], 1) ** -0.5
+    of_words = scale * object_query.to(dtype) @ token_key.to(dtype).mT
+    of_objects = scale * token_query.to(dtype) @ object_key.to(dtype).mT
+    if allowed is not None:
+        of_words = of_words.masked_fill(~allowed, torch.finfo(dtype).min)
+    objects, tokens = of_words.softmax(-1) @ token_value.to(dtype), of_objects.softmax(-1) @ object_value.to(dtype)
+    return objects.to(object_query.dtype), tokens.to(object_query.dtype)

@@ -7,11 +7,20 @@ from torch import Tensor
 
 from gresbox._checks import check_shape
 from gresbox.ops._backend import use_triton
+from gresbox.ops._gram_alignment import (
+    GramAlignment,
+    align_op,
+    cosine_of,
+    kernel_refusal,
+    relevance_of,
+    where_spoken,
+    without_padding,
+)
 from gresbox.ops._precision import accumulation_dtype, no_autocast, real_tokens
 
 __all__ = ["align_phrases"]
 
-_ZERO_LENGTH = 1e-16  # squared length under which a vector has no direction
+FEW_VALUES = 2**16  # of queries: fewer are aligned as fast with the phrases formed, unless gradients follow
 
 
 def align_phrases(
@@ -38,7 +47,8 @@ def align_phrases(
         valid: True on real tokens; None: all are real.
         detach_relevance: No gradient through the relevance.
         detach_tokens: No gradient to the tokens.
-        backend: ``"eager"`` is the equations as printed, ``"auto"`` the fastest form.
+        backend: ``"eager"`` is the equations as printed and the only form with a double backward; ``"auto"`` is the Triton kernel
+            on CUDA, the Gram form elsewhere; ``"triton"`` is the kernel.
 
     Shape:
         - ``queries``: ``(B, N, C)``; ``tokens``: ``(B, L, C)``; ``valid``: ``(B, L)``.
@@ -55,32 +65,29 @@ def align_phrases(
         >>> align_phrases(query, tokens, torch.tensor([[1, 0]]))
         (tensor([[0.]]), tensor([[[1., 0.]]]))
     """
-    sizes = check_shape("align_phrases", queries=(queries, "B N C"), tokens=(tokens, "B L C"))
-    dtype = accumulation_dtype("align_phrases", queries=queries, tokens=tokens)
-    real = real_tokens("align_phrases", valid, tokens)
-    use_triton("align_phrases", backend, queries, tokens)
+    who = "align_phrases"
+    check_shape(who, queries=(queries, "B N C"), tokens=(tokens, "B L C"))
+    dtype = accumulation_dtype(who, queries=queries, tokens=tokens)
+    real = None if valid is None else real_tokens(who, valid, tokens)
+    kernel = use_triton(who, backend, queries, tokens, kernel=kernel_refusal(queries, tokens) or True)
+    if detach_tokens:
+        tokens = tokens.detach()
     with no_autocast(queries):
-        query = queries.to(dtype)
-        # A where, not a product: padded places may hold anything, NaN included.
-        token = torch.where(real[..., None], tokens.detach() if detach_tokens else tokens, 0).to(dtype)
-        logits = query @ token.mT  # (B, N, L)
-        hidden = (logits * max(sizes["C"], 1) ** -0.5).masked_fill(~real[:, None], torch.finfo(dtype).min)
-        relevance = hidden.softmax(-1) * real[:, None]
-        if detach_relevance:
-            relevance = relevance.detach()
-        if backend == "eager":
-            phrases = relevance @ token  # (B, N, C)
-            product, length = (query * phrases).sum(-1), phrases.square().sum(-1)
-        else:
-            product = (relevance * logits).sum(-1)
-            length = (relevance @ (token @ token.mT) * relevance).sum(-1)
-        distance = 1 - _cosine(product, query.square().sum(-1), length)
-        loss = torch.where(real.any(-1, keepdim=True), distance, 0)
+        if kernel:
+            loss, relevance = align_op(queries, tokens, None if real is None else real.contiguous(), detach_relevance)
+            return loss, relevance.detach() if detach_relevance else relevance
+        trained = torch.is_grad_enabled() and (queries.requires_grad or tokens.requires_grad)
+        few = queries.numel() < FEW_VALUES and not trained
+        form = _as_printed if backend == "eager" or few else GramAlignment.apply
+        loss, relevance = form(queries.to(dtype), without_padding(tokens, real).to(dtype), real, detach_relevance)
     return loss.to(queries.dtype), relevance.to(queries.dtype)
 
 
-def _cosine(product: Tensor, squared_a: Tensor, squared_b: Tensor) -> Tensor:
-    """Cosine from an inner product and two squared lengths, in [-1, 1]; 0 without gradient where a length is zero."""
-    directed = ~((squared_a <= _ZERO_LENGTH) | (squared_b <= _ZERO_LENGTH))  # NaN has a "direction", so that it is not hidden as 0
-    scale = torch.where(directed, squared_a, 1).rsqrt() * torch.where(directed, squared_b, 1).rsqrt()
-    return torch.where(directed, product * scale, 0).clamp(-1, 1)
+def _as_printed(query: Tensor, token: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:
+    """Eq. (1)-(3) with the phrases formed."""
+    relevance = relevance_of(query @ token.mT, real, query.shape[-1])
+    if detached:
+        relevance = relevance.detach()
+    phrases = relevance @ token  # (B, N, C)
+    distance = 1 - cosine_of((query * phrases).sum(-1), query.square().sum(-1), phrases.square().sum(-1))
+    return where_spoken(distance, real, token), relevance

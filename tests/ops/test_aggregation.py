@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gresbox.ops import aggregate_masks, aggregate_queries, mask_dice
-from gresbox.ops._aggregation_chunks import merge_chunks, unmerge_chunks
+from gresbox.ops._aggregation_chunks import KEEP_BITS, KEEP_BYTES, KEEP_NOTHING, merge_pieces, unmerge_pieces
 from gresbox.testing import assert_matches_reference
 
 FORMS = ["prelu", "noisy_or", "select"]
@@ -73,33 +73,58 @@ def test_chunks_equal_the_definition(form, batch, queries, side, chunk, per_quer
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Remembers the bytes of the largest tensor that any operation makes."""
 
-    values = 0
+    found = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.values = max([self.values, *sizes])
+        self.found = max([self.found, *(x.untyped_storage().nbytes() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
         return out
 
 
+@pytest.mark.parametrize("keep", [KEEP_NOTHING, KEEP_BYTES])
 @pytest.mark.parametrize("form", FORMS)
-def test_no_pass_holds_all_masks(form):
-    batch, queries, side = 2, 40, 24
-    inputs = (torch.randn(batch, queries, 8), torch.randn(batch, 8, side, side), torch.rand(batch, queries), None, form, 0)
+def test_no_pass_holds_all_masks(form, keep):
+    batch, queries, side = 2, 100, 70
+    inputs = (torch.randn(batch, queries, 8), torch.randn(batch, 8, side, side), torch.rand(batch, queries))
+    inputs += (torch.tensor(0.25) if form == "prelu" else None, form, 0, keep)
     with _Largest() as largest:
-        merged = merge_chunks(*inputs)
+        merged, sides = merge_pieces(*inputs)
     assert merged.shape == (batch, side, side)
     with _Largest() as largest_backward:
-        unmerge_chunks(merged, *inputs, [True] * 4)
-    everything = batch * queries * side * side
-    assert 0 < largest.values <= everything / 4
-    assert 0 < largest_backward.values <= everything / 4
+        unmerge_pieces(merged, *inputs, sides, [True] * 4)
+    everything = 4 * batch * queries * side * side
+    assert 0 < largest.found <= everything / 4
+    assert 0 < largest_backward.found <= everything / 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_saved_for_the_gradient_is_small(form):
+    batch, queries, side = 2, 100, 20
+    leaves = [torch.randn(batch, queries, 8), torch.randn(batch, 8, side, side), torch.rand(batch, queries)]
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        aggregate_queries(inputs[0].requires_grad_(), *inputs[1:3], None, form=form)
-    assert max(saved) <= inputs[1].numel()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.untyped_storage().nbytes()) or x, lambda x: x):
+        aggregate_queries(*(leaf.requires_grad_() for leaf in leaves), 0.25, form=form)
+        kept, saved[:] = sorted(saved), []
+        aggregate_queries(*(leaf.detach() for leaf in leaves), 0.25, form=form)
+    inputs = sum(4 * leaf.numel() for leaf in leaves)
+    assert sum(kept) <= inputs + 8 + (batch * queries * side * side if form == "prelu" else 0)
+    assert not saved
+
+
+@pytest.mark.parametrize("keep", [KEEP_NOTHING, KEEP_BYTES, KEEP_BITS])
+def test_however_the_sides_are_kept_gradients_are_equal(keep):
+    """Bits are what kernels keep; a program exported where there are kernels may run where there are none."""
+    shapes = [(2, 5, 3), (2, 3, 5, 8), (2, 5), (5,)]
+    leaves = [torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes]
+    merged, sides = torch.ops.gresbox.aggregate_queries(*leaves, "prelu", 0, keep)
+    want = aggregate_queries(*leaves, backend="eager")
+    torch.testing.assert_close(merged, want)
+    weight = torch.randn(merged.shape, dtype=torch.float64)
+    torch.testing.assert_close(torch.autograd.grad(merged, leaves, weight), torch.autograd.grad(want, leaves, weight))
+    assert sides.shape == {KEEP_NOTHING: (0,), KEEP_BYTES: (2, 5, 40), KEEP_BITS: (2, 5, 2)}[keep]
+    torch.library.opcheck(torch.ops.gresbox.aggregate_queries.default, (*(leaf.detach() for leaf in leaves), "prelu", 0, keep))
 
 
 def _exact_noisy_or(scores: list[float], logits: list[float]) -> float:
@@ -222,5 +247,9 @@ def test_errors():
         aggregate_masks(masks, scores, None, bias=torch.zeros(5))
     with pytest.raises(ValueError, match="`chunk` must be at least 1, got 0"):
         aggregate_queries(torch.zeros(2, 5, 4), torch.zeros(2, 4, 3, 3), scores, None, chunk=0)
-    with pytest.raises(RuntimeError, match="backend='triton' is not possible here: this op has no Triton kernel"):
+    with pytest.raises(
+        RuntimeError, match="backend='triton' is not possible here: its kernel merges with form='prelu' and a slope"
+    ):
         aggregate_queries(torch.zeros(2, 5, 4), torch.zeros(2, 4, 3, 3), scores, None, backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton' is not possible here: inputs are on cpu, not on one CUDA device"):
+        aggregate_queries(torch.zeros(2, 5, 4), torch.zeros(2, 4, 3, 3), scores, 0.25, backend="triton")

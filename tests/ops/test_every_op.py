@@ -42,6 +42,7 @@ def _boxes(count: int) -> Tensor:
 
 _GENERATOR = torch.Generator().manual_seed(3)
 _FACTORED = [_randn(2, 5, 6), _randn(2, 6, 4, 5), _rand(2, 5), torch.tensor(0.25)]
+_MATCHED = torch.arange(120).view(2, 3, 4, 5) % 7 < 3, torch.tensor([[[4, 0, 2], [1, -1, -1]]])
 CASES = {
     "align_phrases": Case(lambda q, t: ops.align_phrases(q, t, VALID), [_randn(2, 5, 8), _randn(2, 4, 8)]),
     "align_phrases eager": Case(lambda q, t: ops.align_phrases(q, t, VALID, backend="eager"), [_randn(2, 5, 8), _randn(2, 4, 8)]),
@@ -86,6 +87,13 @@ CASES = {
     "point_sample": Case(ops.point_sample, [_randn(2, 3, 5, 4), _rand(2, 7, 2)]),
     "mask_bce": Case(lambda s: ops.mask_bce(s, torch.arange(12).view(3, 4) % 2 == 0), [_randn(3, 4)]),
     "mask_dice": Case(lambda s: ops.mask_dice(s, torch.arange(12).view(3, 4) % 2 == 0), [_randn(3, 4)]),
+    "matched_mask_losses": Case(
+        lambda q, v: ops.matched_mask_losses(q.unflatten(1, (1, -1)).transpose(0, 1), v, *_MATCHED), _FACTORED[:2]
+    ),
+    "matched_mask_losses eager": Case(
+        lambda q, v: ops.matched_mask_losses(torch.stack([q, q * 2]), v, _MATCHED[0], _MATCHED[1].expand(2, 2, 3), backend="eager"),
+        _FACTORED[:2],
+    ),
     "box_iou": Case(ops.box_iou, [_boxes(3), _boxes(4)]),
     "generalized_box_iou": Case(ops.generalized_box_iou, [_boxes(3), _boxes(4)]),
     "box_cxcywh_to_xyxy": Case(ops.box_cxcywh_to_xyxy, [_rand(2, 3, 4)]),
@@ -196,7 +204,7 @@ def test_inductor_compiles_the_factored_ops():
 @pytest.mark.parametrize("form", ["prelu", "noisy_or", "select"])
 def test_registered_ops_pass_pytorchs_own_checks(form):
     leaves = [x.clone().requires_grad_() for x in _FACTORED]
-    torch.library.opcheck(torch.ops.gresbox.aggregate_queries.default, (*leaves, form, 3))
+    torch.library.opcheck(torch.ops.gresbox.aggregate_queries.default, (*leaves, form, 3, 1))
     if form == "prelu":
         targets = torch.rand(2, 3, 4, 5) > 0.5
         torch.library.opcheck(torch.ops.gresbox.query_mask_cost.default, (*leaves[:2], targets, 7))
