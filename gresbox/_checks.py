@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -85,8 +87,11 @@ def check_range(who: str, argument: str, value: float, low: float | None = None,
     """Check that a number lies in ``[low, high]``; ``None`` leaves that side open. NaN fails.
 
     Raises:
-        ValueError: If it does not.
+        TypeError: If it is no number.
+        ValueError: If it does not lie there.
     """
+    if not isinstance(value, (Real, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{who}: `{argument}` must be a number, got {value!r}.")
     above = low is None or value >= low
     below = high is None or value <= high
     if not (above and below and value == value):

@@ -133,6 +133,10 @@ VALUES = {
 }
 
 TYPES = {
+    "a word as a number": (
+        lambda: overlay(PICTURE, torch.ones(40, 50, dtype=torch.bool), opacity="half"),  # type: ignore[arg-type]
+        "overlay: `opacity` must be a number, got 'half'.",
+    ),
     "masks without scores": (
         lambda: AdaptiveInstanceAggregation()(rand(2, 4, 8, 8)),
         "AdaptiveInstanceAggregation: `scores` must be",

@@ -18,6 +18,7 @@ CASES = {
     "20 x 20, B=1": {"B": 1, "side": 20, "points": 10},
     "20 x 20, B=32": {"B": 32, "side": 20, "points": 20},
     "60 x 60, B=8": {"B": 8, "side": 60, "points": 20},
+    "64 x 64, B=8": {"B": 8, "side": 64, "points": 10},
     "60 x 60, B=1": {"B": 1, "side": 60, "points": 20},
     "120 x 120, B=8": {"B": 8, "side": 120, "points": 20},  # beyond table and kernel
 }
@@ -55,6 +56,7 @@ def cost(case: dict[str, int], itemsize: int, direction: str) -> Cost:
 TARGETS = [
     Target("gresbox", "InstanceVG's loop", "20 x 20, B=8", "forward", at_least=10.0),
     Target("gresbox", "InstanceVG's loop", "60 x 60, B=8", "forward", at_least=10.0),
+    Target("gresbox", "InstanceVG's loop", "64 x 64, B=8", "forward", at_least=5.0),
     Target(
         "gresbox",
         "InstanceVG's loop",

@@ -198,7 +198,7 @@ SUITE = Suite(
     about="query generation, decoder, supervision and the choice of points",
     variants=VARIANTS,
     metrics=("gIoU", "cIoU", "N_acc", "T_acc", "F1", "CoverAcc"),
-    budget=Budget(steps=180, samples=1000, threads=1, batch=32),
+    budget=Budget(steps=140, samples=1000, threads=1, batch=32),
     run_cell=run_cell,
     page=page,
     plot=plot,

@@ -42,8 +42,8 @@ def _predict(args: argparse.Namespace) -> None:
     for place in range(len(answer.scores)):
         x0, y0, x1, y1 = (round(value) for value in answer.boxes_xyxy[place].tolist())
         words = sorted(answer.phrases[place], key=lambda item: -item[1])[:3] if answer.phrases else []
-        said = ", ".join(f"{word} {weight:.2f}" for word, weight in words)
-        print(f"instance {place + 1}: score {answer.scores[place]:.2f}, box {x0} {y0} {x1} {y1} px; {said}")
+        said = "; " + ", ".join(f"{word} {weight:.2f}" for word, weight in words) if words else ""
+        print(f"instance {place + 1}: score {answer.scores[place]:.2f}, box {x0} {y0} {x1} {y1} px{said}")
     print(f"wrote {args.out}")
 
 

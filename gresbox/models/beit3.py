@@ -103,7 +103,7 @@ BEIT3_LARGE = Beit3Config(dim=1024, num_layers=24, num_heads=16, ffn_dim=4096, d
 BEIT3_TINY = Beit3Config(
     dim=64,
     num_layers=3,
-    num_heads=4,
+    num_heads=2,
     ffn_dim=128,
     patch_size=4,
     stem="conv",

@@ -495,5 +495,5 @@ IGVG_TINY = IGVGConfig(
     existence="bce",
     score_threshold=0.55,
     loss_weights=IGVGWeights(detection=0.5, minimap=0.5, existence=1.0, no_object=0.4),
-    recipe=Recipe(lr=1.2e-3, final_lr=1e-5, epochs=1.6, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
+    recipe=Recipe(lr=1.2e-3, final_lr=1e-5, epochs=1.2, clip=1.0, image_size=64, backbone_lr_scale=1.0, warmup=50),
 )
