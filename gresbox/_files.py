@@ -32,7 +32,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     remove(temporary)
     try:
         write(temporary)
+        readable = path.parent.stat().st_mode & 0o666  # some writers make files for their owner alone
         for item in (temporary, *(temporary.rglob("*") if temporary.is_dir() else ())):
+            if item.is_file():
+                item.chmod(readable)
             _flush(item)
         if path.is_dir():
             if not temporary.is_dir():

@@ -32,3 +32,13 @@ def test_what_was_written_keeps_its_suffix(tmp_path):
     seen = []
     write_atomically(tmp_path / "deep" / "picture.png", lambda temporary: (seen.append(temporary.suffix), temporary.touch()))
     assert seen == [".png"] and (tmp_path / "deep" / "picture.png").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+def test_a_file_may_be_read_by_those_who_may_read_its_folder(tmp_path):
+    def write_for_oneself(temporary):
+        os.close(os.open(temporary, os.O_CREAT, mode=0o600))
+
+    tmp_path.chmod(0o750)
+    write_atomically(tmp_path / "weights", write_for_oneself)
+    assert (tmp_path / "weights").stat().st_mode & 0o777 == 0o640
