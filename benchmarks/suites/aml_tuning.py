@@ -103,7 +103,7 @@ SUITE = Suite(
     about="AML's scale and threshold, on a held-out tenth of the training samples",
     variants=VARIANTS,
     metrics=("gIoU", "cIoU", "N_acc", "T_acc"),
-    budget=Budget(steps=500, samples=1000, threads=1, batch=16),
+    budget=Budget(steps=400, samples=1000, threads=1, batch=16),
     run_cell=run_cell,
     page=page,
     plot=plot,
