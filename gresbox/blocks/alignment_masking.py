@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,9 @@ class _BlockMasking(nn.Module):
         fill: float | Sequence[float],
     ) -> None:
         super().__init__()
+        for number in fill if isinstance(fill, Sequence) else (fill,):
+            if not isinstance(number, Real):
+                raise TypeError(f"{type(self).__name__}: `fill` must be a number or one per channel, got {fill!r}.")
         self.drop, self.block, self.unit, self.mode, self.protect_target = drop, block, unit, mode, protect_target
         self.fill_value = 0.0 if isinstance(fill, Sequence) else float(fill)
         colour = torch.tensor(fill, dtype=torch.float32)[:, None, None] if isinstance(fill, Sequence) else None
@@ -76,6 +80,12 @@ class _BlockMasking(nn.Module):
             self.shares["target_hidden"] = (removed & wanted).count_nonzero() / wanted.count_nonzero().clamp(min=1)
         return masked, removed
 
+    def _unusual(self) -> list[str]:
+        """What is not at its default and that the line about a masking leaves out otherwise."""
+        fill = self.fill_value if self.fill is None else tuple(self.fill.flatten().tolist())
+        named = {"protect_target": (self.protect_target, False), "fill": (fill, 0.0)}
+        return [f"{name}={value}" for name, (value, default) in named.items() if value != default]
+
 
 class AlignmentAwareMasking(_BlockMasking):
     r"""Score every patch against the words, and fill a random part of the blocks that match weakly.
@@ -85,7 +95,8 @@ class AlignmentAwareMasking(_BlockMasking):
     Paper: "AMLRIS: Alignment-aware Masked Learning for Referring Image Segmentation", arXiv:2602.22740, PMME and AFM.
     Differs from the paper: the logits have a ``scale``, padding takes no part in the match, and the random share is drawn among
     blocks; see :func:`gresbox.ops.match_patches` and :func:`gresbox.ops.filter_blocks`. ``scale=1`` and ``unit="pixel"`` are the
-    paper as printed. The scale's default is ours: with it the logits of independent features have deviation 2 whatever ``D`` is.
+    paper as printed. The scale's default is ours: with it the logits of features that are projected independently have deviation 2
+    whatever ``D`` is. Features of one space, matched by one matrix or none, rather want the scale that they were trained with.
 
     After every call ``shares`` holds, as scalars on the device: ``weak`` pixels, ``candidate`` blocks, ``masked`` pixels and, where
     targets were given, ``target_hidden``, the share of the targets' pixels that was hidden (0 without a target). The block warns,
@@ -94,7 +105,7 @@ class AlignmentAwareMasking(_BlockMasking):
     Args:
         visual_dim: Channels ``Cv`` of the feature map.
         text_dim: Channels ``Ct`` of the tokens.
-        align_dim: Channels ``D`` of the common space.
+        align_dim: Channels ``D`` of the common space; without a projection, and with given matrices, it is what they have.
         projection: ``"independent"`` Gaussian matrices (the paper's), one ``"shared"`` matrix for both sides, ``"none"``; or the
             two matrices, ``(Cv, D)`` and ``(Ct, D)``. They are fixed and are not part of a checkpoint.
         seed: Names the draw of the matrices; the same in every process.
@@ -156,18 +167,24 @@ class AlignmentAwareMasking(_BlockMasking):
         self.visual_dim, self.text_dim, self.align_dim = visual_dim, text_dim, align_dim
         self.projection = projection if isinstance(projection, str) else "given"
         self.threshold, self.relative, self.special_tokens = threshold, relative, special_tokens
+        if scale is not None:
+            check_range(who, "scale", scale, 0)
+        if projection == "none":
+            self.align_dim = visual_dim
         if not isinstance(projection, str):
+            if not isinstance(projection, (tuple, list)) or len(projection) != 2:
+                raise TypeError(f"{who}: `projection` must be a name or two matrices, got {type(projection).__name__}.")
             check_shape(
                 who, **{"projection[0]": (projection[0], f"{visual_dim} D"), "projection[1]": (projection[1], f"{text_dim} D")}
             )
             self.align_dim = projection[0].shape[1]
         self.scale = 2.0 * self.align_dim**0.5 if scale is None else float(scale)
-        check_range(who, "scale", self.scale, 0)
         self.register_buffer("text_to_visual", None, persistent=False)
         if isinstance(projection, str):
             self.redraw(seed)
         else:
             self.text_to_visual = _product(projection)
+            self.seed = 0
         self._calls, self._warned = 0, False
         self._streak = torch.zeros(2, dtype=torch.int64)  # calls in a row with nothing, and with everything, weak
 
@@ -182,6 +199,7 @@ class AlignmentAwareMasking(_BlockMasking):
         """
         who = type(self).__name__
         check_choice(who, "projection", self.projection, ("independent", "shared", "none"))
+        self.seed = seed
         if self.projection == "none":
             if self.visual_dim != self.text_dim:
                 raise ValueError(
@@ -252,7 +270,12 @@ class AlignmentAwareMasking(_BlockMasking):
         match = f"align_dim={self.align_dim}, projection={self.projection!r}, scale={self.scale:.4g}"
         limit = f"threshold={self.threshold}, relative={self.relative}"
         choice = f"drop={self.drop}, block={self.block}, unit={self.unit!r}, mode={self.mode!r}"
-        return f"{self.visual_dim}, {self.text_dim}, {match}, {limit}, {choice}"
+        line = f"{self.visual_dim}, {self.text_dim}, {match}, {limit}, {choice}"
+        return ", ".join([line, *self._unusual()])
+
+    def _unusual(self) -> list[str]:
+        seed = [f"seed={self.seed}"] if self.seed else []
+        return [*seed, *([] if self.special_tokens else ["special_tokens=False"]), *super()._unusual()]
 
 
 class RandomBlockMasking(_BlockMasking):
@@ -310,7 +333,7 @@ class RandomBlockMasking(_BlockMasking):
         return masked, removed, torch.zeros((images.shape[0], 1, 1), device=images.device)
 
     def extra_repr(self) -> str:
-        return f"drop={self.drop}, block={self.block}, mode={self.mode!r}"
+        return ", ".join([f"drop={self.drop}, block={self.block}, mode={self.mode!r}", *self._unusual()])
 
 
 def target_pixels(who: str, targets: Sequence[GresTarget] | Tensor, like: Tensor) -> Tensor:

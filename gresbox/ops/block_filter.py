@@ -110,6 +110,8 @@ def weak_pixels(
 ) -> Tensor:
     """Pixels whose similarity, interpolated between patches, is below the threshold: ``(B, H, W)`` bool."""
     sizes = check_shape(who, similarity=(similarity, "B h w"))
+    if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
+        raise TypeError(f"{who}: `image_size` must be height and width, got {image_size!r}.")
     height, width = image_size
     for name, extent in {"similarity": (sizes["h"], sizes["w"]), "image_size": (height, width)}.items():
         if min(extent) < 1:
@@ -120,8 +122,9 @@ def weak_pixels(
         limit: float | Tensor = threshold
         if relative:
             limit = patches.flatten(1).quantile(threshold, dim=1)[:, None, None]
-        smooth = F.interpolate(patches[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
-        weak = smooth < limit
+        # Interpolated after the limit is taken off: where patches are at the limit, rounding cannot put pixels below it.
+        above = F.interpolate((patches - limit)[:, None], size=(height, width), mode="bilinear", align_corners=False)[:, 0]
+        weak = above < 0
     return weak if valid is None else weak & _flags(who, "valid", valid, weak)
 
 
@@ -144,6 +147,8 @@ def drop_weak_blocks(
     if protected is not None:
         candidates = candidates & ~_touched(_flags(who, "protected", protected, weak), sides)
     items = candidates if unit == "block" else weak & _pixels(candidates, sides, size)
+    if noise is not None and not isinstance(noise, Tensor):
+        raise TypeError(f"{who}: `noise` must be a tensor, got {type(noise).__name__}.")
     if noise is None:
         device = items.device if generator is None else generator.device
         noise = torch.rand(items.shape, generator=generator, device=device).to(items.device)

@@ -163,6 +163,7 @@ def random_projections(
         - returns ``(Cv, D)`` and ``(Ct, D)`` float32.
 
     Raises:
+        TypeError: If a size is no whole number.
         ValueError: If a size is below 1, or ``shared`` and the sizes differ.
 
     Example:
@@ -176,6 +177,8 @@ def random_projections(
     who = "random_projections"
     for name, size in {"visual_dim": visual_dim, "text_dim": text_dim, "align_dim": align_dim}.items():
         check_range(who, name, size, 1)
+        if not isinstance(size, int):
+            raise TypeError(f"{who}: `{name}` must be a whole number, got {size!r}.")
     if shared and visual_dim != text_dim:
         raise ValueError(f"{who}: `text_dim` must be visual_dim={visual_dim} for a shared matrix, got {text_dim}.")
     generator = torch.Generator().manual_seed(seed)

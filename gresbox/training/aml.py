@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gresbox._checks import check_choice
+from gresbox._checks import check_choice, check_range
 from gresbox.blocks import AlignmentAwareMasking
 from gresbox.structures import GresTarget
 
@@ -78,9 +78,12 @@ class AlignmentMaskedTraining(nn.Module):
     ) -> None:
         super().__init__()
         who = type(self).__name__
-        if not 0 <= clean_loss_weight < 1:
+        check_range(who, "clean_loss_weight", clean_loss_weight, 0)
+        if clean_loss_weight >= 1:
             raise ValueError(f"{who}: `clean_loss_weight` must be at least 0 and below 1, got {clean_loss_weight}.")
         check_choice(who, "score_mode", score_mode, ("eval", "train"))
+        if masking is not None and not isinstance(masking, nn.Module):
+            raise TypeError(f"{who}: `masking` must be a module, got {masking!r}.")
         self.model = model
         self._given = _checked_encode(model, encode)  # a tuple: modules in it are not registered a second time
         self.masking = _default_masking(model) if masking is None else masking

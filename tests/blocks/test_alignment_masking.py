@@ -93,6 +93,9 @@ def test_kinds_of_projection():
     given = AlignmentAwareMasking(6, 6, projection=(left, right))
     assert given.align_dim == 3
     assert given.scale == 2 * math.sqrt(3)
+    none = AlignmentAwareMasking(6, 6, projection="none")
+    assert none.align_dim == 6  # the common space is the features' own
+    assert none.scale == 2 * math.sqrt(6)
 
 
 def test_no_gradient_to_features_and_none_to_what_is_hidden():
@@ -196,6 +199,16 @@ def test_fill():
     assert masked[1, :, 5, 5].tolist() == [1.0, 2.0, 3.0]
 
 
+def test_the_line_about_it_names_everything_that_decides_what_is_hidden():
+    lines = {masking().extra_repr(), RandomBlockMasking().extra_repr()}
+    assert not any("seed" in line or "fill" in line for line in lines)
+    for options in ({"seed": 3}, {"special_tokens": False}, {"protect_target": True}, {"fill": 0.5}, {"fill": (1.0, 2.0, 3.0)}):
+        ((name, value),) = options.items()
+        assert f"{name}={value}" in masking(**options).extra_repr()
+        if name in ("protect_target", "fill"):
+            assert f"{name}={value}" in RandomBlockMasking(**options).extra_repr()
+
+
 def test_relative_threshold_and_exact_share():
     block = masking(threshold=0.5, relative=True, drop=0.5, mode="exact")
     _, removed, _ = block(IMAGES, VISUAL, TOKENS)
@@ -247,6 +260,19 @@ BAD = {
         ValueError,
         "`projection[1]` must be (6, D) with D=4, got (6, 5).",
     ),
+    "one matrix": (
+        lambda: masking(projection=torch.rand(8, 4)),
+        TypeError,
+        "AlignmentAwareMasking: `projection` must be a name or two matrices, got Tensor.",
+    ),
+    "no matrices": (lambda: masking(projection=None), TypeError, "`projection` must be a name or two matrices, got NoneType."),
+    "a word as scale": (lambda: masking(scale="auto"), TypeError, "AlignmentAwareMasking: `scale` must be a number, got 'auto'."),
+    "a colour's name": (
+        lambda: masking(fill="black"),
+        TypeError,
+        "AlignmentAwareMasking: `fill` must be a number or one per channel, got 'black'.",
+    ),
+    "no colour": (lambda: RandomBlockMasking(fill=None), TypeError, "RandomBlockMasking: `fill` must be a number or one per"),
     "redrawn matrices": (
         lambda: masking(projection=(torch.rand(8, 4), torch.rand(6, 4))).redraw(1),
         ValueError,
@@ -307,9 +333,11 @@ def test_bad_input(case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_text_of_only_padding_hides_nothing():
-    block = masking(threshold=1.0, drop=1.0)
-    masked, removed, similarity = block(IMAGES, VISUAL, TOKENS, torch.zeros(2, 5, dtype=torch.long))
+@pytest.mark.parametrize("options", [{"threshold": 1.0}, {"relative": True}], ids=["absolute", "relative"])
+@pytest.mark.parametrize("grid", [(6, 8), (7, 7)], ids=str)
+def test_a_text_of_only_padding_hides_nothing(grid, options):
+    block = masking(drop=1.0, **options)
+    masked, removed, similarity = block(IMAGES, torch.randn(2, 8, *grid), TOKENS, torch.zeros(2, 5, dtype=torch.long))
     assert (similarity == 1).all()
     assert not removed.any()
     assert torch.equal(masked, IMAGES)

@@ -166,6 +166,14 @@ def test_a_relative_threshold_is_a_share_of_each_pictures_patches():
     assert not filter_blocks(torch.full((1, 5, 5), 0.3), (5, 5), threshold=0.9, **options).any()  # all alike: none is weaker
 
 
+@given(value=st.floats(0.1, 1.0), grid=st.integers(1, 9), height=st.integers(1, 90), width=st.integers(1, 90))
+def test_rounding_puts_no_pixel_below_patches_that_are_all_at_the_limit(value, grid, height, width):
+    similarity = torch.full((1, grid, grid), value)
+    options = {"drop": 1.0, "block": 4}
+    assert not filter_blocks(similarity, (height, width), threshold=similarity[0, 0, 0].item(), **options).any()
+    assert not filter_blocks(similarity, (height, width), threshold=0.4, relative=True, **options).any()
+
+
 def test_noise_comes_from_the_generator_alone_where_one_is_given():
     similarity = torch.zeros(2, 4, 4)
     state = torch.get_rng_state()
@@ -233,6 +241,7 @@ BAD = {
     "mode": ({"mode": "half"}, ValueError, "filter_blocks: `mode` must be one of 'bernoulli', 'exact', got 'half'."),
     "noise per pixel": ({"noise": torch.rand(2, 32, 32)}, ValueError, "= (2, 4, 4) for unit='block', got (2, 32, 32)."),
     "noise per block": ({"noise": torch.rand(2, 4, 4), "unit": "pixel"}, ValueError, "`noise` must be (B, H, W) = (2, 32, 32)"),
+    "a number as noise": ({"noise": 0.5}, TypeError, "filter_blocks: `noise` must be a tensor, got float."),
     "whole noise": ({"noise": torch.ones(2, 4, 4, dtype=torch.long)}, TypeError, "`noise` must be a floating-point tensor"),
     "valid of patches": ({"valid": torch.ones(2, 4, 4, dtype=torch.bool)}, ValueError, "`valid` must be (B, H, W) = (2, 32, 32)"),
     "valid as numbers": ({"valid": torch.ones(2, 32, 32)}, TypeError, "filter_blocks: `valid` must be bool, got torch.float32."),
@@ -256,5 +265,7 @@ def test_bad_similarity():
         filter_blocks(S[:, :0], (32, 32))
     with pytest.raises(ValueError, match=r"filter_blocks: `image_size` must be at least 1 by 1, got 32 by 0\."):
         filter_blocks(S, (32, 0))
+    with pytest.raises(TypeError, match=r"filter_blocks: `image_size` must be height and width, got 32\."):
+        filter_blocks(S, 32)
     with pytest.raises(TypeError, match=r"`similarity` must be a floating-point tensor"):
         filter_blocks(S.long(), (32, 32))

@@ -257,6 +257,11 @@ BAD = {
         "`text_dim` must be visual_dim=3 for a shared matrix, got 4.",
     ),
     "no channels": (lambda: random_projections(0, 4), ValueError, "random_projections: `visual_dim` must be at least 1, got 0."),
+    "half a channel": (
+        lambda: random_projections(3, 4, 2.5),
+        TypeError,
+        "random_projections: `align_dim` must be a whole number, got 2.5.",
+    ),
     "probabilities as valid": (
         lambda: inner_tokens(torch.rand(2, 3)),
         TypeError,

@@ -431,6 +431,8 @@ BAD = {
     "a name as encoder": (lambda: wrapped(encode="encode"), TypeError, "`encode` must be a callable or"),
     "weight": (lambda: wrapped(clean_loss_weight=1.0), ValueError, "`clean_loss_weight` must be at least 0 and below 1, got 1.0."),
     "weight nan": (lambda: wrapped(clean_loss_weight=float("nan")), ValueError, "`clean_loss_weight` must be at least 0"),
+    "no weight": (lambda: wrapped(clean_loss_weight=None), TypeError, "`clean_loss_weight` must be a number, got None."),
+    "a class as masking": (lambda: wrapped(masking=AlignmentAwareMasking), TypeError, "`masking` must be a module, got <class"),
     "mode": (lambda: wrapped(score_mode="test"), ValueError, "`score_mode` must be one of 'eval', 'train', got 'test'."),
     "one result": (lambda: wrapped(encode=lambda *_: IMAGES)(IMAGES), TypeError, "must return (visual, tokens) or (visual,"),
     "a map of another batch": (
