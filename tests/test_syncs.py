@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gresbox.losses import IGVGCriterion, InstAlignCriterion
 from gresbox.matchers import HungarianInstanceMatcher, PointGuidedMatcher
-from gresbox.ops import assign
+from gresbox.ops import assign, deformable_attention
+from gresbox.ops._deformable_corners import value_gradient
 from gresbox.structures import GresOutput, GresTarget, InstancePrediction
 
 COUNTS, QUERIES, SIZE = (3, 0, 2), 7, 32
@@ -103,6 +105,37 @@ def test_a_matcher_waits_for_nothing(matcher):
     assert not waits.found
 
 
+def test_a_values_gradient_in_a_fixed_order_waits_for_nothing():
+    with FakeTensorMode():
+        value, locations = torch.randn(2, 14, 3, 4, device="cuda"), torch.rand(2, 5, 3, 2, 2, 2, device="cuda")
+        with Waits() as waits:
+            found = value_gradient(torch.randn(2, 5, 3, 4, device="cuda"), value, [(3, 4), (1, 2)], locations, locations[..., 0])
+    assert found.shape == value.shape
+    assert not waits.found
+
+
+HOST_READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal", "aten::masked_select"}
+
+
+def read_by_the_host(call: Callable[[], Any]) -> set[str]:
+    """Operations of a call for which the host needs a tensor's numbers. Of real tensors: others go ways of their own."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    return {event.key for event in profile.key_averages()} & HOST_READS
+
+
+@pytest.mark.parametrize("name", criteria())
+def test_a_criterions_gradient_reads_no_numbers(name):
+    output, targets = scene("cpu")
+    loss = criteria()[name](output, targets)["loss"]
+    assert not read_by_the_host(loss.backward)
+
+
+def test_reading_numbers_is_seen():
+    product = torch.rand(3, 2, requires_grad=True).prod(-1).sum()
+    assert read_by_the_host(product.backward)
+
+
 def test_waiting_is_seen():
     with FakeTensorMode(), Waits() as waits:
         values = torch.empty(3, device="cuda")
@@ -113,6 +146,25 @@ def test_waiting_is_seen():
             with pytest.raises((RuntimeError, torch._subclasses.fake_tensor.DataDependentOutputException)):
                 wait()
     assert len(waits.found) == 5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_deterministic_deformable_attention_on_a_gpu_waits_for_nothing():
+    made = {"device": "cuda", "requires_grad": True}
+    value, locations = torch.randn(2, 14, 3, 4, **made), torch.rand(2, 5, 3, 2, 2, 2, **made)
+    logits = torch.randn(2, 5, 3, 2, 2, **made)
+
+    def step():
+        deformable_attention(value, [(3, 4), (1, 2)], locations, logits, softmax=True).sum().backward()
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -25,6 +25,7 @@ __all__ = ["FORMS", "KEEP_BITS", "KEEP_BYTES", "KEEP_NOTHING", "SELECT_NOTHING",
 FORMS = ("prelu", "noisy_or", "select")
 SELECT_NOTHING = -10.0  # merged logit of "select" where no query is selected
 SMALLEST = 1e-30  # scores below count as this in "noisy_or": its logarithm and the reciprocal are finite in float32
+MOST_IMAGES = 65535  # of the kernel: programs along the later axes of a CUDA grid
 KEEP_NOTHING, KEEP_BYTES, KEEP_BITS = 0, 1, 32  # how the sides of zero are kept: queries' pixels per number
 
 _Gradients = tuple[Tensor, Tensor, Tensor]
@@ -231,6 +232,8 @@ def kernel_refusal(queries: Tensor, pixels: Tensor, slope: Tensor | None, form: 
         return "its kernel merges with form='prelu' and a slope"
     if pixels.shape[1] > 4096:
         return f"its kernel takes up to 4096 channels, here are {pixels.shape[1]}"
+    if pixels.shape[0] > MOST_IMAGES:
+        return f"its kernel takes up to {MOST_IMAGES} images, here are {pixels.shape[0]}"
     reach = sum((size - 1) * stride for size, stride in zip(pixels.shape[1:], pixels.stride()[1:], strict=True))
     if reach >= 2**31:
         return "one image's pixel features reach over 2**31 numbers"

@@ -166,6 +166,9 @@ def _find_corners(value: Tensor, shapes: _Shapes, locations: Tensor) -> _Corners
 
 def _columns(rows: list[list[int]], points: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """One number per level, repeated for its points."""
+    if device.type == "cuda":  # a copy from the host would wait for the device, and a captured graph cannot hold it
+        made = [[torch.full((points,), number, dtype=dtype, device=device) for number in row] for row in rows]
+        return torch.stack([torch.cat(row) for row in made])
     return torch.tensor([[number for number in row for _ in range(points)] for row in rows], dtype=dtype, device=device)
 
 
@@ -202,8 +205,11 @@ def _dots(table: Tensor, rows: Tensor, grad: Tensor) -> Tensor:
 def _sum_by_row(rows: Tensor, shares: Tensor, grad: Tensor, count: int) -> Tensor:
     """Rows of the table's gradient: corners sorted by row, then one weighted sum of the lines of ``grad`` per row."""
     ordered, order = rows.view(-1).sort(stable=True)
-    ones = torch.ones((), dtype=torch.int32, device=rows.device).expand(ordered.shape)
-    ends = torch.zeros(count, dtype=torch.int32, device=rows.device).index_add(0, ordered, ones).cumsum(0)
-    bags = F.pad(ends[:-1], (1, 0))
+    if rows.is_cuda:  # where algorithms must be deterministic, index_add waits for the device
+        bags = torch.searchsorted(ordered, torch.arange(count, dtype=ordered.dtype, device=rows.device))
+    else:
+        ones = torch.ones((), dtype=torch.int32, device=rows.device).expand(ordered.shape)
+        ends = torch.zeros(count, dtype=torch.int32, device=rows.device).index_add(0, ordered, ones).cumsum(0)
+        bags = F.pad(ends[:-1], (1, 0))
     lines = order // rows.shape[1]
     return F.embedding_bag(lines, grad, bags, mode="sum", per_sample_weights=shares.view(-1).index_select(0, order))

@@ -39,7 +39,12 @@ def hand_over(flags: Tensor, report: Report) -> None:
 
 
 def raise_finished() -> None:
-    """Report all that has arrived since the last call, without waiting for the rest."""
+    """Report all that has arrived since the last call, without waiting for the rest; nothing while a CUDA graph is captured.
+
+    To ask an event during a capture, even one of before, would break the capture.
+    """
+    if not _waiting or torch.cuda.is_current_stream_capturing():
+        return
     while _waiting and _waiting[0][0].query():
         _, flags, report = _waiting.popleft()
         report(flags)

@@ -104,7 +104,7 @@ def _solve_on_device(cost: Tensor, num_targets: Tensor | None, nan_is_large: boo
     from gresbox.kernels.assignment import match
 
     raise_finished()
-    matched, wrong = match(cost, num_targets)
+    matched, wrong = match(cost, None if num_targets is None else num_targets.contiguous())  # it reads them one after the other
     if wrong.is_cuda:
         hand_over(wrong, functools.partial(_report_flags, nan_is_large=nan_is_large, late=True))
     else:

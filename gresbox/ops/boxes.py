@@ -116,7 +116,7 @@ def generalized_box_iou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
         overlap, union = _overlap_and_union(first, second)
         low = torch.minimum(first[:, None, :2], second[:, :2])
         high = torch.maximum(first[:, None, 2:], second[:, 2:])
-        around = (high - low).clamp(min=0).prod(-1)
+        around = _area(high - low)
         return (_ratio(overlap, union) - _ratio(around - union, around)).to(boxes1.dtype)
 
 
@@ -126,8 +126,14 @@ def _overlap_and_union(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
     low = torch.maximum(first[:, None, :2], second[:, :2])
     high = torch.minimum(first[:, None, 2:], second[:, 2:])
-    overlap = (high - low).clamp(min=0).prod(-1)
+    overlap = _area(high - low)
     return overlap, box_area(first)[:, None] + box_area(second) - overlap
+
+
+def _area(sides: Tensor) -> Tensor:
+    """Width times height ``(..., 2)``, negative ones counted as 0; not ``prod``, whose gradient waits for the device."""
+    width, height = sides.clamp(min=0).unbind(-1)
+    return width * height
 
 
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:

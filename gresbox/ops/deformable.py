@@ -184,8 +184,9 @@ def _refusal(value: Tensor, sides: Sequence[int], locations: Tensor, weights: Te
         return "some axis has no element"
     if value.shape[3] > MOST_CHANNELS:
         return f"there are {value.shape[3]} channels per head and it takes at most {MOST_CHANNELS}"
-    if max(tensor.numel() // tensor.shape[0] for tensor in (value, locations)) >= MOST_CORNERS:
-        return "the values or locations of one image are more than 2^31 numbers"
+    outputs = locations.shape[1] * value.shape[2] * value.shape[3]
+    if max(outputs, *(tensor.numel() // tensor.shape[0] for tensor in (value, locations))) >= MOST_CORNERS:
+        return "the values, locations or outputs of one image are more than 2^31 numbers"
     return None
 
 

@@ -210,8 +210,9 @@ def _refusal(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -> st
         return "some axis has no element"
     if targets.shape[1] > MOST_TARGETS:
         return f"there are more than {MOST_TARGETS} targets"
-    if pixels[0].numel() >= 2**31 or targets[0].numel() >= 2**31:
-        return "one image has more than 2**31 values"
+    for tensor in (pixels, targets):  # addresses inside one image are 32 bits wide
+        if sum((size - 1) * step for size, step in zip(tensor.shape[1:], tensor.stride()[1:], strict=True)) >= 2**31:
+            return "one image reaches over more than 2**31 values"
     return None
 
 

@@ -26,6 +26,7 @@ def capture_step(
     :class:`gresbox.models.InstAlign` has. Features are computed as always; ``answer``, matching and losses become two CUDA graphs,
     one per pass, at the first call for each shape of the features. Gradients flow on into the features. Tokens are padded to
     ``max_tokens`` and instances to ``most``, so that shapes do not depend on the expressions; results are those of the plain step.
+    The losses are the graphs' own memory: call ``backward``, and copy what is to be kept, before the next call.
 
     Args:
         model: The model, in training mode on a CUDA device.
@@ -40,7 +41,7 @@ def capture_step(
 
     Raises:
         TypeError: If the model does not have the two halves.
-        ValueError: If a number is below 1.
+        ValueError: If a number is below 1, or the model recomputes blocks in its backward pass (``gradient_checkpointing``).
         RuntimeError: At the first call, if the model is not on a CUDA device.
 
     Example:
@@ -69,6 +70,9 @@ class CapturedStep:
         for name in ("features", "answer"):
             if not callable(getattr(model, name, None)):
                 raise TypeError(f"capture_step: `model` must have the method {name}, got {type(model).__name__}.")
+        # Recomputing reads the random state, which must not be asked for while a graph is captured.
+        if any(getattr(part, "checkpoint", False) for part in model.modules()):
+            raise ValueError("capture_step: `model` must be one without gradient checkpointing, got one with it.")
         check_range("capture_step", "most", most, 1)
         check_range("capture_step", "max_tokens", max_tokens, 1)
         self.model, self.most, self.max_tokens, self.autocast = model, most, max_tokens, autocast
@@ -102,6 +106,9 @@ class CapturedStep:
         key = (self.model.training, *((value.shape, value.dtype, value.requires_grad) for value in arguments))
         if key not in self.graphs:
             self.graphs[key] = self._record(arguments)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:  # of another part of the step: it may be the graph's own memory, which is written anew
+                parameter.grad = parameter.grad.clone()
         return self.graphs[key](*arguments)
 
     def _record(self, arguments: tuple[Tensor, ...]) -> Graphed:

@@ -158,3 +158,6 @@ def test_what_the_kernel_cannot_do_is_said():
     with pytest.raises(RuntimeError, match=r"not possible here: its kernel takes up to 4096 channels, here are 4097\.$"):
         aggregate_queries(*wide, scores[:, :1], slope, backend="triton")
     assert aggregate_queries(*wide, scores[:, :1], slope).shape == (1, 1, 1)
+    many = torch.zeros(1, 1, 1).expand(65536, -1, -1), torch.zeros(1, 1, 1, 1).expand(65536, -1, -1, -1)
+    with pytest.raises(RuntimeError, match=r"not possible here: its kernel takes up to 65535 images, here are 65536\.$"):
+        aggregate_queries(*many, torch.zeros(65536, 1), slope, backend="triton")

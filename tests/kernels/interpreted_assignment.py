@@ -152,6 +152,8 @@ def test_strides_and_counts_out_of_range():
     want = [by_scipy(each) for each in cost]
     assert solve(cost.mT.contiguous().mT).tolist() == want
     assert solve(torch.stack([cost, cost], -1)[..., 1]).tolist() == want
+    for counts in (torch.tensor(2).expand(3), torch.tensor([2, 0, 2, 0, 2])[::2]):  # read one after the other they would be others
+        assert solve(cost, counts).tolist() == solve(cost, torch.tensor([2, 2, 2])).tolist()
     matched, _ = kernels.match(cost, torch.tensor([9, -3, 4]))
     assert matched.tolist() == [want[0], [-1] * 4, want[2]]
 

@@ -111,6 +111,10 @@ def test_what_the_kernel_does_not_take_goes_chunk_by_chunk_and_says_why():
     assert torch.allclose(bce, query_mask_cost(queries, pixels, targets, backend="eager")[0], atol=1e-6)
     with pytest.raises(RuntimeError, match=r"backend='triton' is not possible here: there are more than 64 targets\.$"):
         query_mask_cost(queries, pixels, targets, backend="triton")
+    apart = torch.empty((1, 4, 2, 2), device="meta").as_strided((1, 4, 2, 2), (1, 2**30, 2, 1))
+    for far in ((apart, targets[:, :2]), (pixels, apart[:, :3])):
+        with pytest.raises(RuntimeError, match=r"one image reaches over more than 2\*\*31 values\.$"):
+            query_mask_cost(queries, *far, backend="triton")
     with pytest.raises(RuntimeError, match=r"some axis has no element\.$"):
         query_mask_cost(queries[:, :0], pixels, targets[:, :2], backend="triton")
     for empty in (

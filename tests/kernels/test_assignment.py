@@ -46,6 +46,7 @@ def test_late_findings_are_reported_in_order_and_without_waiting(monkeypatch):
     reports = [functools.partial(report, nan_is_large=large) for large in (False, False, True)]
     waiting = _late_errors.deque(zip(events, flags, reports, strict=True))
     monkeypatch.setattr(_late_errors, "_waiting", waiting)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     _late_errors.raise_finished()
     assert len(waiting) == 3
     events[0].done = events[1].done = True
@@ -57,6 +58,15 @@ def test_late_findings_are_reported_in_order_and_without_waiting(monkeypatch):
     with pytest.warns(RuntimeWarning, match="in 2 of the batch's problems of an earlier call, first 0; they count as"):
         _late_errors.raise_finished()
     assert not waiting
+
+
+def test_no_event_is_asked_while_a_graph_is_captured(monkeypatch):
+    """CUDA breaks the capture off, whatever the event."""
+    waiting = _late_errors.deque([(None, torch.zeros(1, dtype=torch.int8), None)])
+    monkeypatch.setattr(_late_errors, "_waiting", waiting)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    _late_errors.raise_finished()
+    assert len(waiting) == 1
 
 
 @on_a_gpu

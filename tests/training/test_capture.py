@@ -132,6 +132,50 @@ def test_a_training_with_capture_is_the_training_without(tmp_path, tiny, monkeyp
         torch.testing.assert_close(captured[name], value, rtol=1e-3, atol=2e-4, msg=name)
 
 
+class Slope(torch.nn.Module):
+    """As little as a captured step asks of a model."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+
+    def features(self, images):
+        return [], images, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool)
+
+    def answer(self, memories, pixels, tokens, valid):
+        raise AssertionError("the recording answers")
+
+
+def recorded_into_one_place(self, arguments):
+    """A recording whose gradient stands, as a graph's does, in the same memory after every replay."""
+    place = torch.empty(2)
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight, pixels):
+            ctx.save_for_backward(pixels.detach().clone())
+            return (weight * pixels).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            place.copy_(grad * ctx.saved_tensors[0])
+            return place.detach(), None
+
+    return lambda *given: {"loss": Replayed.apply(self.model.weight, given[5])}
+
+
+def test_parts_of_a_step_add_up_though_a_graph_writes_its_gradients_in_one_place(monkeypatch):
+    monkeypatch.setattr(CapturedStep, "_record", recorded_into_one_place)
+    model = Slope()
+    step = capture_step(model, torch.nn.Identity(), most=1, max_tokens=1)
+    parts = torch.tensor([[1.0, 10.0], [2.0, 20.0], [4.0, 40.0]])
+    for _ in range(2):
+        for part in parts:
+            step({"images": part}, some_targets([1]))["loss"].backward()
+        assert torch.equal(model.weight.grad, parts.sum(0))
+        model.weight.grad = None
+
+
 def test_where_there_is_no_cuda_device_it_says_so(tmp_path, tiny):
     with pytest.raises(RuntimeError, match="capture_step: CUDA graphs need a CUDA device, got a model on cpu"):
         tiny.tiny_training(tmp_path / "run", capture=10, max_steps=1, batch=2)
@@ -142,6 +186,9 @@ def test_what_cannot_be_captured_is_refused(tmp_path, tiny):
         tiny.tiny_training(tmp_path / "run", capture=10, max_steps=1, aml={})
     model = create_model("igvg_tiny")
     with pytest.raises(TypeError, match="capture_step: `model` must have the method features, got IGVG"):
+        capture_step(model, model.criterion(), most=3, max_tokens=20)
+    model = create_model("instalign_tiny", gradient_checkpointing=True)
+    with pytest.raises(ValueError, match="capture_step: `model` must be one without gradient checkpointing"):
         capture_step(model, model.criterion(), most=3, max_tokens=20)
     model = tiny.tiny_model()
     with pytest.raises(ValueError, match="capture_step: `most` must be at least 1"):
