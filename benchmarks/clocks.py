@@ -187,11 +187,12 @@ class CUDATimer(Timer):
             for _ in range(3):
                 self.run()
         torch.cuda.current_stream(self.device).wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
                 self.results = self.run()  # kept: the graph writes into them
         except RuntimeError as failure:
+            torch.cuda.set_stream(stream)  # a capture that breaks off may leave its own behind
             self.graph_failure = str(failure).strip().splitlines()[0][:200]
             torch.cuda.synchronize(self.device)
             return

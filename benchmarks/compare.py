@@ -41,8 +41,8 @@ def changes(old: File, new: File) -> Iterator[Change]:
 
 
 def _changes(what: str, old: Group, new: Group) -> Iterator[Change]:
-    times = {row["form"]: _time(row) for row in old["rows"]}
-    factors = {row["form"]: _time(row) / times[row["form"]] for row in new["rows"] if row["form"] in times}
+    before = {row["form"]: row for row in old["rows"]}
+    factors = {row["form"]: _factor(before[row["form"]], row) for row in new["rows"] if row["form"] in before}
     peers = [factor for form, factor in factors.items() if not is_ours(form)]
     machine = statistics.median(peers) if peers else 1.0
     band = max(old["noise_band"] or 0.0, new["noise_band"] or 0.0)
@@ -51,8 +51,10 @@ def _changes(what: str, old: Group, new: Group) -> Iterator[Change]:
             yield Change(f"{what}: {', '.join(key_of(new))}: {form}", factor, factor / machine, 1 + ALLOWED + band)
 
 
-def _time(row: dict[str, Any]) -> float:
-    return row["graph_ms"] or row["ms"]
+def _factor(old: dict[str, Any], new: dict[str, Any]) -> float:
+    """New time over old, by the clock of replayed graphs where both have it."""
+    clock = "graph_ms" if old["graph_ms"] and new["graph_ms"] else "ms"
+    return new[clock] / old[clock]
 
 
 def pairs(old: Path, new: Path) -> Iterator[tuple[Path, Path]]:
