@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -57,9 +58,19 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return None
     if tensors and all(tensor.is_cuda and tensor.device == tensors[0].device for tensor in tensors):
-        return None
+        # What is compiled asks again when it runs.
+        return None if torch.compiler.is_compiling() else _why_not_device(tensors[0].device.index)
     devices = sorted({str(tensor.device) for tensor in tensors})
     return f"inputs are on {' and '.join(devices)}, not on one CUDA device"
+
+
+@functools.cache
+def _why_not_device(index: int) -> str | None:
+    """Why kernels do not run on a CUDA device: before Ampere there is no bfloat16, and less shared memory than they are given."""
+    if torch.version.hip is not None or not torch.cuda.is_available():  # without a device, tensors without data are asked about
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"the device is an sm_{major}{minor} and kernels need sm_80 or newer"
 
 
 def why_not_adapter(name: str) -> str | None:

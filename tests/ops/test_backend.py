@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gresbox.ops import _backend, align_phrases
 
@@ -36,6 +37,26 @@ def test_every_reason_against_triton(monkeypatch):
     assert _backend.why_not_triton(on_cpu) == "GRESBOX_DISABLE_TRITON is set"
     with pytest.raises(RuntimeError, match=r"^f: backend='triton' is not possible here: GRESBOX_DISABLE_TRITON is set\.$"):
         _backend.use_triton("f", "triton", on_cpu, kernel=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [((7, 5), "the device is an sm_75 and kernels need sm_80 or newer"), ((8, 0), None), ((9, 0), None), ((12, 0), None)],
+)
+def test_kernels_are_for_ampere_and_newer(monkeypatch, capability, reason):
+    for name in ("TRITON_INTERPRET", "GRESBOX_DISABLE_TRITON"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_backend, "_TRITON", (3, 6))
+    with FakeTensorMode():
+        on_cuda = torch.empty(1, device="cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    _backend._why_not_device.cache_clear()
+    try:
+        assert _backend.why_not_triton(on_cuda) == reason
+    finally:
+        _backend._why_not_device.cache_clear()
 
 
 def test_tritons_version_is_read_without_importing_it():
