@@ -176,5 +176,5 @@ def test_what_the_kernel_refuses(monkeypatch):
         *(deformable_attention(wide, SHAPES, locations, weights, backend=name) for name in ("auto", "eager"))
     )
     monkeypatch.setattr(deformable, "MOST_CORNERS", 20)
-    with pytest.raises(RuntimeError, match=r"the values or locations of one image are more than 2\^31 numbers\.$"):
+    with pytest.raises(RuntimeError, match=r"the values, locations or outputs of one image are more than 2\^31 numbers\.$"):
         deformable_attention(value, SHAPES, locations, weights, backend="triton")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -92,3 +93,17 @@ def test_without_words_or_objects_the_result_is_zero():
     objects, tokens = cross_attend_both(none, query, query, query, none, none)
     assert objects.shape == none.shape
     assert (tokens == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck itself reads one
+@pytest.mark.parametrize("real", [None, torch.tensor([[1, 0, 1], [0, 0, 0]]).bool()], ids=["all real", "padded"])
+def test_the_registered_op_passes_pytorchs_own_checks(real):
+    rows = (4, 3, 3, 3, 4, 4)
+    inputs = [torch.randn(2, count, 2, 5, dtype=torch.float64).transpose(1, 2).requires_grad_() for count in rows]
+    op = torch.ops.gresbox.cross_attend_both.default
+    torch.library.opcheck(op, (*inputs, real, False))
+    outs = [out.detach() for out in op(*inputs, real, False)]
+    kept = [*(leaf.detach() for leaf in inputs), real, False]
+    torch.library.opcheck(torch.ops.gresbox.cross_attend_both_backward.default, (*outs, *kept, [True] * 5 + [False]))
+    assert torch.autograd.gradcheck(lambda *x: op(*x, real, False), inputs)
+    torch.testing.assert_close(op(*inputs, real, False), cross_attend_both(*inputs, real, backend="eager"))

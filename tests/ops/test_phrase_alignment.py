@@ -92,3 +92,21 @@ def test_errors():
         align_phrases(queries, tokens, torch.ones(2, 5))
     with pytest.raises(TypeError, match=r"`queries` must be a floating-point tensor, got torch\.int64"):
         align_phrases(queries.long(), tokens)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck itself reads one
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("real", [None, torch.tensor([[1, 0, 1], [0, 0, 0]]).bool()], ids=["all real", "padded"])
+def test_the_registered_op_passes_pytorchs_own_checks(real, detached):
+    inputs = [torch.randn(2, count, 5, dtype=torch.float64).requires_grad_() for count in (4, 3)]
+    op = torch.ops.gresbox.align_phrases.default
+    torch.library.opcheck(op, (*inputs, real, detached))
+    outs = [out.detach() for out in op(*inputs, real, detached)]
+    kept = [*(leaf.detach() for leaf in inputs), real, detached]
+    torch.library.opcheck(torch.ops.gresbox.align_phrases_backward.default, (*outs, *kept, [True, False]))
+    if not detached:  # what is held fixed is no derivative
+        assert torch.autograd.gradcheck(lambda *x: op(*x, real, False), inputs)
+    definition = align_phrases(*inputs, real, detach_relevance=detached, backend="eager")
+    torch.testing.assert_close(op(*inputs, real, detached), definition)
+    grads = (torch.autograd.grad(loss.sum(), inputs) for loss in (op(*inputs, real, detached)[0], definition[0]))
+    torch.testing.assert_close(*grads)
