@@ -60,7 +60,7 @@ from gresbox.testing import TOLERANCES, relative_error
 
 DIRECTIONS = ("forward", "backward", "forward+backward")
 DEFAULT_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
-FAILURES = (RuntimeError, ValueError, TypeError, NotImplementedError, AssertionError, ImportError, AttributeError, KeyError)
+FAILURES = (Exception,)  # Triton's errors, of a kernel too large for a card, share no other base; what is left must still run
 Inputs = dict[str, Any]
 
 

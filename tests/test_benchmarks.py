@@ -108,6 +108,17 @@ def test_what_cannot_run_is_named_and_ours_must_run():
         measure(with_forms(gresbox=broken), "small", "float32", CPU, quick=True)
 
 
+def test_no_kind_of_error_of_a_peer_stops_the_others():
+    class TooLargeError(Exception):  # as Triton's OutOfResources
+        pass
+
+    def fails(x):
+        raise TooLargeError("out of resource: shared memory")
+
+    groups = measure(with_forms(gresbox=lambda x: x * x, peer=fails), "small", "float32", CPU, quick=True)
+    assert groups[0]["not_run"] == {"peer": "fails: out of resource: shared memory"}
+
+
 def test_only_the_peers_that_are_asked_for():
     groups = measure(square_module(), "small", "float32", CPU, peers=["gone"], quick=True)
     assert [row["form"] for row in groups[0]["rows"]] == ["gresbox"]
