@@ -72,7 +72,8 @@ def render(files: Files, modules: dict[str, dict[str, ModuleType]]) -> str:
             parts += [f"### {name}\n", _summary(module), *_tables(files, name, module, devices)]
     parts += [
         "## Ablations\n",
-        "Trainings on the synthetic benchmark, one switch at a time, are on a page of their own: [Ablations](ablation.md).\n",
+        "Trainings on the synthetic benchmark, one switch at a time, are on pages of their own: [InstAlign](ablation.md),\n"
+        "[IGVG](ablation_igvg.md), [AML](ablation_aml.md), [AML's scale and threshold](ablation_aml_tuning.md).\n",
     ]
     return "\n".join(parts)
 
