@@ -76,8 +76,10 @@ def test_on_a_gpu(rows, columns):
     counts = torch.randint(0, columns + 1, (32,))
     on_device, on_host = cost.cuda(), counts.tolist()
     torch.cuda.set_sync_debug_mode("error")
-    matched, partly = assign(on_device, backend="triton"), assign(on_device, counts, backend="triton")
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        matched, partly = assign(on_device, backend="triton"), assign(on_device, counts, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(matched.cpu(), assign(cost))
     assert torch.equal(partly.cpu(), assign(cost, torch.tensor(on_host)))
 

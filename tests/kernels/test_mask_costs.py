@@ -33,8 +33,10 @@ def test_on_a_gpu(dtype, queries, side, most):
     query = torch.randn(2, queries, 256, device="cuda").to(dtype) / 16
     pixels, targets = torch.randn(2, 256, side, side, device="cuda").to(dtype), torch.rand(2, most, side, side, device="cuda")
     torch.cuda.set_sync_debug_mode("error")
-    got = query_mask_cost(query, pixels, targets, dtype=torch.float32, backend="triton")
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        got = query_mask_cost(query, pixels, targets, dtype=torch.float32, backend="triton")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     want = query_mask_cost(query.double(), pixels.double(), targets.double(), backend="eager")
     for out, ref in zip(got, want, strict=True):
         assert relative_error(out, ref) <= TOLERANCES[dtype]
