@@ -105,7 +105,7 @@ def reference(pred: Tensor, target: Tensor, says_none: Tensor, is_none: Tensor, 
             "gIoU": 100 * sum(ious) / len(ious),
             "cIoU": 100 * shared / joined,
             "N_acc": 100 * float(says_none[is_none].double().mean()),
-            "T_acc": 100 * float((~says_none[~is_none]).double().mean()),
+            "T_acc": 100 * float((~says_none[~is_none]).double().mean()) if is_none.any() else 0.0,
             **{f"Pr@{level}": 100 * sum(iou >= level for iou in some) / len(some) for level in (0.7, 0.8, 0.9)},
         }
     )

@@ -55,12 +55,12 @@ class GRESLoop:
 
     def result(self) -> dict[str, float]:
         """Percentages."""
-        some = self.right_some + self.missed_some
+        some, none = self.right_some + self.missed_some, self.right_none + self.missed_none
         return {
             "gIoU": 100.0 * self.iou / self.count,
             "cIoU": 100.0 * self.intersection / self.union,
-            "N_acc": 100.0 * self.right_none / (self.right_none + self.missed_none),
-            "T_acc": 100.0 * self.right_some / some,
+            "N_acc": 100.0 * self.right_none / none if none else 0.0,  # there, too, both are 0 then
+            "T_acc": 100.0 * self.right_some / some if none else 0.0,
             **{f"Pr@{level}": 100.0 * hits / some for level, hits in self.hits.items()},
         }
 

@@ -9,7 +9,7 @@ import torch
 __all__ = ["chunks_of", "pieces_of"]
 
 _CPU_VALUES, _DEVICE_VALUES = 2**19, 2**24
-_CACHE_VALUES = 2**17  # in float32 half of the second-level cache of current processors
+_CACHE_VALUES = 2**18  # in float32 the second-level cache of current processors
 
 
 def chunks_of(pixels: int, maps: int, chunk: int, device: torch.device) -> Iterator[slice]:

@@ -12,6 +12,8 @@ from gresbox.ops._precision import accumulation_dtype, no_autocast, real_tokens
 
 __all__ = ["cross_attend_both"]
 
+MANY_AFFINITIES = 2**16  # of all heads in one direction
+
 
 def cross_attend_both(
     object_query: Tensor,
@@ -43,7 +45,8 @@ def cross_attend_both(
         valid: True on real tokens; None: all are real. Objects attend to real tokens only; a text of only padding behaves as if its
             first token were real.
         backend: ``"eager"`` is the equation as printed and the only form with a double backward; ``"auto"`` is the Triton kernel on
-            CUDA, PyTorch's attention elsewhere; ``"triton"`` is the kernel, which does both directions in one launch.
+            CUDA, elsewhere PyTorch's attention or, for many affinities on a CPU, the equation; ``"triton"`` is the kernel, which
+            does both directions in one launch.
 
     Shape:
         - ``object_*``: ``(B, heads, N, D)``; ``token_*``: ``(B, heads, L, D)``; ``valid``: ``(B, L)``.
@@ -77,12 +80,17 @@ def cross_attend_both(
     inputs = [object_query, token_key, token_value, token_query, object_key, object_value]
     kernel = use_triton(who, backend, *inputs, kernel=kernel_refusal(object_query, token_key) or True)
     with no_autocast(object_query):
-        if backend == "eager":
+        if backend == "eager" or (not kernel and _many_on_cpu(object_query, token_key)):
             return _as_printed(*inputs, allowed=allowed_tokens(real))
         inputs = [tensor.to(object_query.dtype) for tensor in inputs]
         if kernel:
             return attend_op(*inputs, None if real is None else real.contiguous(), shared)
         return attend_both(*inputs, allowed=allowed_tokens(real))
+
+
+def _many_on_cpu(object_query: Tensor, token_key: Tensor) -> bool:
+    """Whether the equation as printed is the faster form: PyTorch's attention is not made for so few words on a CPU."""
+    return object_query.device.type == "cpu" and object_query.shape[:3].numel() * token_key.shape[2] >= MANY_AFFINITIES
 
 
 def _as_printed(
