@@ -124,7 +124,7 @@ def test_finished_cells_are_not_run_again(modules, tmp_path, capsys):
     assert capsys.readouterr().out.count("done before") == len(suite.cells)
 
 
-@pytest.mark.parametrize(("given", "steps"), [({}, 450), ({"steps": 3}, 3)])
+@pytest.mark.parametrize(("given", "steps"), [({}, 250), ({"steps": 3}, 3)])
 def test_a_variant_may_have_its_own_steps(modules, tmp_path, monkeypatch, capsys, given, steps):
     suite, budgets = modules.ablate.SUITES["aml"], []
     monkeypatch.setattr(

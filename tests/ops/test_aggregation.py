@@ -86,7 +86,7 @@ class _Largest(TorchDispatchMode):
 @pytest.mark.parametrize("keep", [KEEP_NOTHING, KEEP_BYTES])
 @pytest.mark.parametrize("form", FORMS)
 def test_no_pass_holds_all_masks(form, keep):
-    batch, queries, side = 2, 100, 70
+    batch, queries, side = 2, 100, 100
     inputs = (torch.randn(batch, queries, 8), torch.randn(batch, 8, side, side), torch.rand(batch, queries))
     inputs += (torch.tensor(0.25) if form == "prelu" else None, form, 0, keep)
     with _Largest() as largest:
