@@ -39,6 +39,26 @@ def interpret(name: str, options: Sequence[str], package: Path, limit: float) ->
 
 
 @pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """For the interpreted checks: the names of the kernels that ran; what a kernel leaves unwritten is NaN, or -1 in integers."""
+    import torch
+
+    from gresbox.kernels import _launch
+
+    names: list[str] = []
+    run, empty = _launch.Launch.run, torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        made = empty(self, *args, **kwargs)
+        return made.fill_(torch.nan if made.is_floating_point() else -1)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    monkeypatch.setattr(_launch.Launch, "run", lambda self: (names.append(self.kernel.fn.__name__), run(self)))
+    torch.manual_seed(0)
+    return names
+
+
+@pytest.fixture
 def run_interpreted() -> Callable[..., None]:
     """Run ``interpreted_NAME.py`` and show what failed."""
     pytest.importorskip("triton", minversion="3.6")

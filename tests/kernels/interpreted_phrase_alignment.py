@@ -5,24 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gresbox.kernels import _launch
 from gresbox.ops import align_phrases
 from gresbox.testing import assert_matches_reference
 
-
-@pytest.fixture(autouse=True)
-def launched(monkeypatch):
-    """The names of the kernels that ran. What a kernel leaves unwritten is NaN."""
-    names, run, empty = [], _launch.Launch.run, torch.Tensor.new_empty
-
-    def new_empty(self, *args, **kwargs):
-        made = empty(self, *args, **kwargs)
-        return made.fill_(torch.nan) if made.is_floating_point() else made
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(_launch.Launch, "run", lambda self: (names.append(self.kernel.fn.__name__), run(self)))
-    torch.manual_seed(0)
-    return names
+pytestmark = pytest.mark.usefixtures("launched")
 
 
 def both(valid=None, **options):
