@@ -15,6 +15,7 @@ A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<
             "gresbox": lambda queries, pixels: op(queries, pixels),            # ours begin with "gresbox"
             "gresbox, compiled": compiled(...),
             "transformers": missing("transformers") or Form(call, prepare=...),
+            "torchmetrics": missing("torchmetrics") or attempt(make),          # ``make`` imports it and returns the form
             "msda-triton": "needs a GPU",                                      # a reason: named as not run
         }
     def reference(**inputs) -> Tensor | tuple[Tensor, ...]:                    # floating-point inputs come in float64
@@ -45,8 +46,10 @@ during a call beyond its results; on the CPU those that PyTorch makes.
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -154,6 +157,31 @@ def missing(package: str, at_least: str = "") -> str | None:
     return f"{package} {found} is older than {at_least}" if numbers[0] < numbers[1] else None
 
 
+def not_installed(failure: BaseException) -> str | None:
+    """Which package a failure comes from the lack of, in words; None where it comes from something else."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        package = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
+        if package and package not in sys.modules and find_spec(package) is None:
+            return f"{package} is not installed"
+        cause = cause.__cause__ or (cause.__context__ if isinstance(cause, ImportError) else None)
+    return None
+
+
+def attempt(make: Callable[[], Callable[..., Any] | Form]) -> Callable[..., Any] | Form | str:
+    """What ``make`` returns, or why a peer's package cannot be imported: the other forms run all the same."""
+    try:
+        return make()
+    except ImportError as failure:
+        return not_installed(failure) or f"fails: {reason_of(failure)}"
+
+
+def reason_of(failure: BaseException) -> str:
+    """The first line of a message, with the second where that says what; or the kind of failure."""
+    lines = [line.strip() for line in str(failure).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:200] or type(failure).__name__
+
+
 def measure(
     module: ModuleType,
     case: str,
@@ -253,10 +281,9 @@ class Scene:
             except FAILURES as failure:
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()  # it may have been memory that failed
-                reason = (str(failure) or type(failure).__name__).strip().splitlines()[0]
                 if is_ours(name):
-                    raise RuntimeError(f"{self.module.__name__}, {self.case}: {name} fails: {reason}") from failure
-                left_out[name] = f"fails: {reason[:200]}"
+                    raise RuntimeError(f"{self.module.__name__}, {self.case}: {name} fails: {reason_of(failure)}") from failure
+                left_out[name] = not_installed(failure) or f"fails: {reason_of(failure)}"
                 continue
             runners.append(runner)
         return runners, left_out

@@ -37,7 +37,8 @@ python -m benchmarks.compare OLD NEW          # fails where ours became slower b
 python -m benchmarks.page                     # writes this page and the plots from the files
 ```
 
-It needs the repository and PyTorch; a peer that is not installed is named as not run. Every number on this page is read from
+It needs the repository and PyTorch; what needs a package that is not installed, a peer or a whole benchmark, is named as not run
+and is no failure. Parts may be run one after the other or at once, into one folder. Every number on this page is read from
 `benchmarks/results/`; none is typed in, and none is a model's estimate.
 
 ## How a number is taken

@@ -9,6 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -141,12 +142,14 @@ def commit() -> str:
 class ResultFile:
     """The file of one benchmark on one device: read if it is there, written after each case.
 
+    Several runs may write one file at the same time, each its own cases: what is there is read again before each writing.
+
     Args:
         path: Its place.
         what: The benchmark's name.
         device: Where it runs.
         ceilings: Of this run.
-        again: Forget what is there.
+        again: Forget what was measured elsewhere or with other versions.
 
     Raises:
         ValueError: If the file was written elsewhere or with other versions, and is not to be forgotten.
@@ -161,23 +164,33 @@ class ResultFile:
         *,
         again: bool = False,
     ) -> None:
-        self.path = path
-        environment = describe_environment(device)
+        self.path, self.again = path, again
         self.content: File = {
             "schema": SCHEMA,
             "what": what,
             "device": device_name(device),
             "version": __version__,
-            "environment": environment,
+            "environment": describe_environment(device),
             "ceilings": dict(ceilings),
             "groups": [],
         }
-        if path.exists() and not again:
-            there = read(path)
-            differs = [key for key in environment if key != "clocks" and there["environment"][key] != environment[key]]
-            if differs:
-                raise ValueError(f"{path.name} was measured with another {', '.join(differs)}; --again forgets it.")
-            self.content["groups"] = there["groups"]
+        self.content["groups"] = self._there()
+
+    def _there(self) -> list[Group]:
+        """What the file holds now."""
+        if not self.path.exists():
+            return []
+        try:
+            there = read(self.path)
+        except ValueError:
+            if self.again:
+                return []
+            raise
+        environment = self.content["environment"]
+        differs = [key for key in environment if key != "clocks" and there["environment"][key] != environment[key]]
+        if differs and not self.again:
+            raise ValueError(f"{self.path.name} was measured with another {', '.join(differs)}; --again forgets it.")
+        return [] if differs else there["groups"]
 
     def has(self, case: str, dtype: str) -> bool:
         return any(group["case"] == case and group["dtype"] == dtype for group in self.content["groups"])
@@ -187,12 +200,30 @@ class ResultFile:
         stamp = {"commit": commit(), "date": datetime.now(UTC).date().isoformat()}
         fresh = [group | stamp for group in groups]
         keys = {key_of(group) for group in fresh}
-        self.content["groups"] = [group for group in self.content["groups"] if key_of(group) not in keys] + fresh
-        problems = list(problems_of(self.content))
-        if problems:
-            raise ValueError(f"{self.path.name} would not be valid: {'; '.join(problems[:5])}.")
-        text = json.dumps(self.content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+        with alone_in(self.path.parent):
+            self.content["groups"] = [group for group in self._there() if key_of(group) not in keys] + fresh
+            problems = list(problems_of(self.content))
+            if problems:
+                raise ValueError(f"{self.path.name} would not be valid: {'; '.join(problems[:5])}.")
+            text = json.dumps(self.content, indent=1, ensure_ascii=False) + "\n"
+            write_atomically(self.path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other run writes into a folder, and keep others waiting; the system ends it with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":  # Windows cannot open a directory
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def key_of(group: Group) -> tuple[str, str, str]:

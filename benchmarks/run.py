@@ -6,8 +6,11 @@
     python -m benchmarks.run ops --quick              a few rounds of each first case, nothing is written
     python -m benchmarks.run --list
 
-A file grows case by case; a run that was stopped goes on where it was. After ``--minutes`` no case is begun any more, and the exit
-code is 3 while cases are left. Parts are every n-th case, so that several runs share the work.
+A file grows case by case; a run that was stopped goes on where it was. After ``--minutes`` no case is begun any more. Parts are
+every n-th case, so that several runs share the work and a folder, one after the other or at once.
+
+What needs a package that is not installed is named as not run, whether it is a form, a case or a benchmark, and is no failure. The
+exit code is 1 after a failure of ours, 3 while cases are left, and otherwise 0.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ import torch._inductor.config  # noqa: E402
 
 from benchmarks.ceilings import measure_ceilings  # noqa: E402
 from benchmarks.clocks import CPUTimer  # noqa: E402
-from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure  # noqa: E402
+from benchmarks.harness import DEFAULT_DTYPES, FAILURES, is_ours, measure, not_installed, reason_of  # noqa: E402
 from benchmarks.results import RESULTS, ResultFile, device_name  # noqa: E402
 from gresbox import __version__  # noqa: E402
 
@@ -67,8 +70,11 @@ def modules_of(chosen: Sequence[str]) -> dict[str, ModuleType]:
     for name in wanted:
         try:
             modules[name] = importlib.import_module(f"benchmarks.{homes[name]}.{name}")
-        except ImportError as failure:  # a bare machine has the repository and PyTorch alone
-            print(f"{name} is not run: {failure}", file=sys.stderr)
+        except ImportError as failure:
+            lacks = not_installed(failure)
+            if lacks is None:
+                raise
+            print(f"{name}: not run: {lacks}", file=sys.stderr)  # a bare machine has the repository and PyTorch alone
     return modules
 
 
@@ -93,7 +99,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--cpu-time", action="store_true", help="this process's CPU time, for busy machines (with one thread)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--out", type=Path, default=RESULTS / __version__, help="folder to write to (default: the version's)")
-    parser.add_argument("--again", action="store_true", help="forget what the files hold")
+    parser.add_argument("--again", action="store_true", help="measure again what the files hold")
     parser.add_argument("--quick", action="store_true", help="a few rounds of each first case; nothing is written")
     parser.add_argument("--list", action="store_true", help="name the cases and leave")
     return parser
@@ -142,7 +148,7 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
                 files[piece.what] = ResultFile(path, piece.what, device, ceilings, again=options.again)
             except ValueError as refusal:
                 raise SystemExit(str(refusal)) from refusal
-        if not options.quick and files[piece.what].has(piece.case, piece.dtype):
+        if not options.quick and not options.again and files[piece.what].has(piece.case, piece.dtype):
             continue
         if deadline is not None and time.monotonic() > deadline:
             left += 1
@@ -160,8 +166,10 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
                 ceilings=ceilings,
             )
         except FAILURES as failure:
-            print(f"{piece.what}: {piece.case}, {piece.dtype}: FAILED: {failure}", file=sys.stderr, flush=True)
-            failed += 1
+            lacks = not_installed(failure)
+            said = f"not run: {lacks}" if lacks else f"FAILED: {reason_of(failure)}"
+            print(f"{piece.what}: {piece.case}, {piece.dtype}: {said}", file=sys.stderr, flush=True)
+            failed += lacks is None
             continue
         if not options.quick:
             files[piece.what].add(groups)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -18,9 +19,10 @@ from benchmarks import compare, page, results
 from benchmarks import run as program
 from benchmarks.ceilings import measure_ceilings
 from benchmarks.clocks import CPUTimer
-from benchmarks.harness import Cost, Form, Target, compiled, largest_error, measure, missing
-from benchmarks.peers.mask2former import assign_exactly
+from benchmarks.harness import Cost, Form, Target, attempt, compiled, largest_error, measure, missing, not_installed, reason_of
+from benchmarks.peers.mask2former import assign_exactly, solve
 from benchmarks.rounds import median_interval
+from benchmarks.step import criterion, matcher
 from gresbox import __version__
 
 CPU = torch.device("cpu")
@@ -119,6 +121,58 @@ def test_no_kind_of_error_of_a_peer_stops_the_others():
     assert groups[0]["not_run"] == {"peer": "fails: out of resource: shared memory"}
 
 
+def needs_gone(*args, **inputs):
+    import no_such_package.part  # noqa: F401
+
+
+def test_a_package_that_is_not_there_is_told_from_a_broken_one():
+    with pytest.raises(ModuleNotFoundError) as lack:
+        needs_gone()
+    assert not_installed(lack.value) == "no_such_package is not installed"
+    extra = ImportError("square: it needs an extra; pip install no-such-package")
+    extra.__context__ = lack.value
+    assert not_installed(extra) == "no_such_package is not installed"
+    with pytest.raises(ModuleNotFoundError) as broken:
+        import gresbox.ops.no_such_part  # noqa: F401
+    assert not_installed(broken.value) is None
+    later = ValueError("another failure, seen while that one was handled")
+    later.__context__ = lack.value
+    assert not_installed(later) is None
+    assert attempt(needs_gone) == "no_such_package is not installed"
+    assert attempt(lambda: len) is len
+    assert reason_of(ValueError("inductor raised:\nno compiler\nat all")) == "inductor raised: no compiler"
+    assert reason_of(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize("changes", [{"forms": lambda device: {"gresbox": needs_gone}}, {"make_inputs": needs_gone}])
+def test_what_ours_needs_and_is_not_there_is_no_failure(changes, tmp_path, monkeypatch, capsys):
+    run_square(monkeypatch, tmp_path)
+    monkeypatch.setattr(program, "modules_of", lambda words: {"lacking": square_module(**changes), "square": square_module()})
+    assert program.main() == 0
+    assert capsys.readouterr().err == "lacking: small, float32: not run: no_such_package is not installed\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["square--cpu.json"]
+
+
+def test_what_ours_does_wrong_is_a_failure_and_the_others_run(tmp_path, monkeypatch, capsys):
+    run_square(monkeypatch, tmp_path)
+    broken = with_forms(gresbox=lambda x: x.no_such_method())
+    monkeypatch.setattr(program, "modules_of", lambda words: {"broken": broken, "square": square_module()})
+    assert program.main() == 1
+    assert "broken: small, float32: FAILED: square, small: gresbox fails: 'Tensor' object" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["square--cpu.json"]
+
+
+def test_a_benchmark_that_cannot_be_imported_is_named(monkeypatch, capsys):
+    def lacking(name):
+        if name.endswith("boxes"):
+            needs_gone()
+        return square_module()
+
+    monkeypatch.setattr(program.importlib, "import_module", lacking)
+    assert list(program.modules_of(["boxes", "assignment"])) == ["assignment"]
+    assert capsys.readouterr().err == "boxes: not run: no_such_package is not installed\n"
+
+
 def test_only_the_peers_that_are_asked_for():
     groups = measure(square_module(), "small", "float32", CPU, peers=["gone"], quick=True)
     assert [row["form"] for row in groups[0]["rows"]] == ["gresbox"]
@@ -198,6 +252,38 @@ def test_the_exact_assignment_of_the_references():
         assert cost[rows, range(cost.shape[1])].sum() == pytest.approx(cost[best, columns].sum().item())
 
 
+def test_the_references_solve_without_scipy(monkeypatch):
+    cost = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)).double()
+    with_scipy = dict(zip(*(part.tolist() for part in reversed(solve(cost))), strict=True))
+    monkeypatch.setitem(sys.modules, "scipy.optimize", None)
+    rows, columns = solve(cost)
+    assert dict(zip(columns.tolist(), rows.tolist(), strict=True)) == with_scipy
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [2, 5])  # of five images the first has no target
+def test_a_step_finds_the_same_on_targets_that_a_graph_can_be_captured_with(dtype, batch):
+    case = {"S": 3, "B": batch, "N": 20, "C": 16, "H": 24, "L": 6, "image": 96}
+    for module in (matcher, criterion):
+        inputs = module.make_inputs(case, CPU, dtype, torch.Generator().manual_seed(0))
+        forms = module.forms("cuda")
+        ours = {name: forms[name].call(**forms[name].prepare(**inputs)) for name in ("gresbox", "gresbox, padded targets")}
+        listed, padded = ours.values()
+        if module is matcher:
+            assert matcher.error([padded], [matcher.reference(**inputs)], inputs) <= 1e-6
+            together = matcher.price_at_once(**{k: v for k, v in matcher.as_tensors(**inputs).items() if k != "counts"})
+            worst = [
+                (cost[:, : right.shape[1]] - right).abs().max().item()
+                for of_images, costs in zip(together.double(), matcher.costs(**inputs), strict=True)
+                for cost, right in zip(of_images, costs, strict=True)
+                if right.shape[1]
+            ]
+            assert max(worst) < (1e-4 if dtype == torch.float32 else 2e-2)
+            assert (padded[..., listed.shape[-1] :] == -1).all()
+            padded = padded[..., : listed.shape[-1]]
+        torch.testing.assert_close(padded, listed)
+
+
 @pytest.fixture(scope="module")
 def text_of_file(tmp_path_factory):
     """What the program writes about the square."""
@@ -257,6 +343,58 @@ def test_parts_share_the_cases(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run", "ops", "--part", "3/2"])
     with pytest.raises(SystemExit, match="--part must be I/N"):
         program.main()
+
+
+def run_parts(monkeypatch, folder, *arguments):
+    """The program on a benchmark of four cases."""
+    cases = {name: {"N": 8} for name in "abcd"}
+    run_square(monkeypatch, folder, *arguments)
+    monkeypatch.setattr(program, "modules_of", lambda words: {"square": square_module(CASES=cases, ON={"cpu": tuple(cases)})})
+    return program.main()
+
+
+def cases_in(folder):
+    return [group["case"] for group in results.read(folder / "square--cpu.json")["groups"] if group["direction"] == "forward"]
+
+
+def test_parts_go_into_one_folder_and_go_on(tmp_path, monkeypatch, capsys):
+    assert run_parts(monkeypatch, tmp_path, "--part", "1/2") == 0
+    assert cases_in(tmp_path) == ["a", "c"]
+    assert run_parts(monkeypatch, tmp_path, "--part", "2/2", "--minutes", "-1") == program.UNFINISHED
+    assert "2 cases are left" in capsys.readouterr().out
+    assert run_parts(monkeypatch, tmp_path, "--part", "2/2", "--case", "b") == 0  # cut off after its first case
+    assert run_parts(monkeypatch, tmp_path, "--part", "2/2") == 0
+    assert capsys.readouterr().out.count("square: d, float32") == 1
+    assert sorted(cases_in(tmp_path)) == ["a", "b", "c", "d"]
+    assert run_parts(monkeypatch, tmp_path, "--part", "2/2", "--again") == 0
+    assert sorted(cases_in(tmp_path)) == ["a", "b", "c", "d"]
+
+
+def test_runs_at_once_keep_each_others_rows(measured):
+    groups = results.read(measured)["groups"]
+    for group in groups:
+        del group["commit"], group["date"]
+    first, second = (results.ResultFile(measured, "square", CPU, CEILINGS) for _ in range(2))
+    first.add([group | {"case": "b"} for group in groups])
+    second.add([group | {"case": "c"} for group in groups])
+    assert {group["case"] for group in results.read(measured)["groups"]} == {"small", "b", "c"}
+    assert second.has("b", "float32")
+
+
+def test_only_one_run_writes_at_a_time(tmp_path):
+    order = []
+
+    def write():
+        with results.alone_in(tmp_path):
+            order.append("second")
+
+    with results.alone_in(tmp_path):
+        other = threading.Thread(target=write)
+        other.start()
+        other.join(0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"]
 
 
 def test_a_row_without_an_error_is_refused(measured):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Form, missing
+from benchmarks.harness import Form, attempt, missing
 from gresbox.metrics import RESMetric
 
 CASES = {"batch 8": {"B": 8, "S": 480}}
@@ -33,11 +33,11 @@ def forms(device: str) -> dict[str, Callable[..., Any] | Form | str]:
 
     return {
         "gresbox": Form(update, read=lambda metric: metric.compute()["oIoU"].double().reshape(1) / 100),
-        "torchmetrics": missing("torchmetrics") or Form(torchmetrics_form(), read=lambda metric: metric.compute().reshape(1)),
+        "torchmetrics": missing("torchmetrics") or attempt(torchmetrics_form),
     }
 
 
-def torchmetrics_form() -> Callable[..., Any]:
+def torchmetrics_form() -> Form:
     from torchmetrics.classification import BinaryJaccardIndex
 
     metric = BinaryJaccardIndex()
@@ -46,7 +46,7 @@ def torchmetrics_form() -> Callable[..., Any]:
         metric.update(pred, target)
         return metric
 
-    return update
+    return Form(update, read=lambda metric: metric.compute().reshape(1))
 
 
 def reference(pred: Tensor, target: Tensor) -> Tensor:

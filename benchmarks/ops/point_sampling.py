@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Cost, Form, compiled, missing
+from benchmarks.harness import Cost, Form, attempt, compiled, missing
 from gresbox.ops import point_sample
 
 CASES = {
@@ -30,7 +30,7 @@ def forms(device: str) -> dict[str, Callable[..., Any] | Form | str]:
     return {
         "gresbox": point_sample,
         "gresbox, compiled": compiled(point_sample),
-        "transformers": missing("transformers") or Form(transformers_form()),
+        "transformers": missing("transformers") or attempt(transformers_form),
     }
 
 

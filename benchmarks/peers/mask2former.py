@@ -40,9 +40,12 @@ def match_layer(
 
 
 def solve(cost: Tensor) -> tuple[Tensor, Tensor]:
-    from scipy.optimize import linear_sum_assignment
-
-    rows, columns = linear_sum_assignment(cost)
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ModuleNotFoundError:  # a reference needs no SciPy; a form that is timed asks for it before
+        rows, columns = assign_exactly(cost.numpy()), np.arange(cost.shape[1])
+    else:
+        rows, columns = linear_sum_assignment(cost)
     return torch.as_tensor(rows, dtype=torch.int64), torch.as_tensor(columns, dtype=torch.int64)
 
 
