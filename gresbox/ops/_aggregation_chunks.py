@@ -38,23 +38,23 @@ def merge_pieces(
     """Merged logits ``(B, H, W)`` in the widest of float32 and the inputs' dtypes, and where masks are positive if that is kept."""
     query, features, score, factor = _prepare(queries, pixels, scores, slope)
     merged, sides = _empty(queries, pixels, scores, slope, form, chunk, keep)
-    flat, positive = merged.flatten(1), sides
+    flat, positive = merged.flatten(1)[:, None], sides
     if keep == KEEP_BITS and sides.ndim == 3:
         positive = sides.new_empty((*query.shape[:2], features.shape[2]), dtype=torch.bool)
-    rows, weights = query, score[:, None]
-    if form == "prelu":
-        rows, weights = _rectified_rows(query, score, factor)
-    for images, part in pieces_of(features.shape[0], rows.shape[1], features.shape[2], chunk, queries.device):
-        masks = rows[images] @ features[images, :, part].to(query.dtype)
+    linear, rectified = _weights(score, factor)
+    masks = None
+    for piece in pieces_of(features.shape[0], query.shape[1], features.shape[1], features.shape[2], chunk, queries.device):
+        feature, out = piece.of(features).to(query.dtype), piece.of(flat)
+        masks = _product(piece.each(query), feature, masks)
         if form != "prelu":
-            flat[images, part] = _merge(masks, score[images], form)
+            out.copy_(_merge(masks, piece.each(score), form)[:, None])
             continue
-        if factor is not None:
-            built = masks[:, :-1]
-            if keep and sides.ndim == 3:
-                torch.gt(built, 0, out=positive[images, :, part])
-            built.relu_()
-        flat[images, part] = (weights[images] @ masks)[:, 0]
+        torch.bmm(piece.each(linear), masks, out=out)
+        if rectified is None:
+            continue
+        if keep and sides.ndim == 3:
+            torch.gt(masks, 0, out=piece.of(positive))
+        out.baddbmm_(piece.each(rectified), masks.relu_())
     if positive is not sides:
         sides.copy_(_packed(positive))
     return merged, sides
@@ -126,14 +126,19 @@ def _prepare(queries: Tensor, pixels: Tensor, scores: Tensor, slope: Tensor | No
     return queries.to(dtype), pixels.flatten(2), scores.to(dtype), factor
 
 
-def _rectified_rows(query: Tensor, score: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor]:
-    """PReLU is linear plus a multiple of max(s, 0): queries, the linear part as one more, ``(B, N + 1, C)``, and their weights."""
-    ones = score.new_ones((score.shape[0], 1, 1))
+def _weights(score: Tensor, factor: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """PReLU is linear plus a multiple of max(s, 0): both weights, ``(B, 1, N)``."""
     if factor is None:
-        return score[:, None] @ query, ones
+        return score[:, None], None
     slope = factor[:, 0]
-    rows = torch.cat([query, (score * slope)[:, None] @ query], 1)
-    return rows, torch.cat([(score * (1 - slope))[:, None], ones], -1)
+    return (score * slope)[:, None], (score * (1 - slope))[:, None]
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None) -> Tensor:
+    """Batched; over the last piece's masks where they have the same size: fresh memory costs as much as a pass over it."""
+    if out is None or out.shape != (*left.shape[:2], right.shape[2]):
+        return torch.bmm(left, right)
+    return torch.bmm(left, right, out=out)
 
 
 def _unmerge_prelu(
@@ -142,21 +147,22 @@ def _unmerge_prelu(
     """Gradients of queries, scores and slopes per image and query; that of the pixels is written."""
     query, features, score, factor = inputs
     count = 0 if factor is None else query.shape[1]
-    rows, weights = _rectified_rows(query, score, factor)
-    back = (rows * weights.mT).mT  # (B, C, N + 1)
+    linear, rectified = _weights(score, factor)
+    rows = linear @ query if rectified is None else torch.cat([query * rectified.mT, linear @ query], 1)
+    back = rows.mT  # (B, C, N + 1)
     sums = torch.zeros_like(rows)
-    for images, part in pieces_of(features.shape[0], rows.shape[1], features.shape[2], chunk, query.device):
-        feature, column = features[images, :, part].to(query.dtype), grad[images, None, part]
+    for piece in pieces_of(features.shape[0], count + 1, features.shape[1], features.shape[2], chunk, query.device):
+        feature, column = piece.of(features).to(query.dtype), piece.of(grad[:, None])
         masked = grad.new_empty((column.shape[0], count + 1, column.shape[2]))
         if count:
-            positive = sides[images, :, part] if sides.ndim == 3 else query[images] @ feature > 0
+            positive = piece.of(sides) if sides.ndim == 3 else torch.bmm(piece.each(query), feature) > 0
             torch.mul(positive, column, out=masked[:, :count])
         masked[:, count:] = column
-        sums[images].baddbmm_(masked, feature.mT)
+        sums[piece.images] += piece.total(torch.bmm(masked, feature.mT))
         if grad_pixels is not None and grad_pixels.dtype == back.dtype:
-            torch.bmm(back[images], masked, out=grad_pixels[images, :, part])
+            torch.bmm(piece.each(back), masked, out=piece.of(grad_pixels))
         elif grad_pixels is not None:
-            grad_pixels[images, :, part] = back[images] @ masked
+            piece.of(grad_pixels).copy_(torch.bmm(piece.each(back), masked))
     everywhere = sums[:, count:]
     if factor is None:
         change, below = everywhere, torch.zeros_like(everywhere)
@@ -172,13 +178,14 @@ def _unmerge_masks(
     """As :func:`_unmerge_prelu` for the forms whose gradient needs the masks; they are built again."""
     query, features, score = inputs
     grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
-    for images, part in pieces_of(features.shape[0], query.shape[1], features.shape[2], chunk, query.device):
-        feature = features[images, :, part].to(query.dtype)
-        grad_masks, part_score = _unmerge(query[images] @ feature, score[images], grad[images, part], form)
-        grad_query[images] += grad_masks @ feature.mT
-        grad_score[images] += part_score
+    for piece in pieces_of(features.shape[0], query.shape[1], features.shape[1], features.shape[2], chunk, query.device):
+        feature = piece.of(features).to(query.dtype)
+        masks = torch.bmm(piece.each(query), feature)
+        grad_masks, part_score = _unmerge(masks, piece.each(score), piece.of(grad[:, None])[:, 0], form)
+        grad_query[piece.images] += piece.total(torch.bmm(grad_masks, feature.mT))
+        grad_score[piece.images] += piece.total(part_score)
         if grad_pixels is not None:
-            grad_pixels[images, :, part] = query[images].mT @ grad_masks
+            piece.of(grad_pixels).copy_(torch.bmm(piece.each(query.mT), grad_masks))
     return grad_query, grad_score, torch.zeros_like(score)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox.ops._pixel_chunks import pieces_of
+from gresbox.ops._pixel_chunks import Piece, pieces_of
 from gresbox.ops._register import Forms, define_op
 
 __all__ = ["compare_matched", "kernel_refusal", "targets_with_match"]
@@ -26,15 +26,15 @@ def compare_pieces(rows: Tensor, pixels: Tensor, targets: Tensor, matched: Tenso
     bce, dice, sums, probs = _empty(rows, pixels, targets, matched, keep)
     area = pixels.shape[2] * pixels.shape[3]
     totals = torch.zeros((3, *matched.shape), dtype=bce.dtype, device=bce.device)  # of the terms, of p and of p y
-    for image, count, part, truth in _pieces(targets, matched):
-        masks = _masks(rows[image, :count], pixels[image], part, bce.dtype)
-        terms = torch.addcmul(F.softplus(masks, threshold=40), masks, truth.to(bce.dtype), value=-1)
+    for image, count, piece in _pieces(pixels, matched):
+        masks, truth = _masks(rows, pixels, image, count, piece, bce.dtype), _truth(targets, image, count, piece, bce.dtype)
+        terms = torch.addcmul(F.softplus(masks, threshold=40), masks, truth, value=-1)
         prob = masks.sigmoid_()
         if keep:
-            probs[image, :count, :, part] = prob
-        totals[0, image, :count] += terms.sum(-1)
-        totals[1, image, :count] += prob.sum(-1)
-        totals[2, image, :count] += prob.mul_(truth).sum(-1)
+            piece.of(_of_image(probs, image, count)).copy_(prob.flatten(1, 2))
+        totals[0, image, :count] += terms.sum(-1).sum(0)
+        totals[1, image, :count] += prob.sum(-1).sum(0)
+        totals[2, image, :count] += prob.mul_(truth).sum(-1).sum(0)
     covered = targets.flatten(2).sum(-1, dtype=bce.dtype)[..., None]
     torch.add(totals[1], covered + 1, out=sums[0])
     torch.add(totals[2] * 2, 1, out=sums[1])
@@ -66,17 +66,20 @@ def differentiate_pieces(
         for image, count in enumerate(targets_with_match(matched)):
             if count == 0:
                 grad_pixels[image] = 0
-    for image, count, part, truth in _pieces(targets, matched):
-        row, feature = rows[image, :count].flatten(0, 1).to(dtype), features[image, :, part].to(dtype)
-        at, truth = (image, slice(count)), truth.to(dtype)
-        prob = probs[image, :count, :, part] if keep else (row @ feature).sigmoid_().unflatten(0, (count, -1))
+    for image, count, piece in _pieces(pixels, matched):
+        row, feature = _of_image(rows, image, count).to(dtype), piece.of(features[image, None]).to(dtype)
+        at, truth = (image, slice(count)), _truth(targets, image, count, piece, dtype)
+        if keep:
+            prob = piece.of(_of_image(probs, image, count)).unflatten(1, (count, -1))
+        else:
+            prob = _masks(rows, pixels, image, count, piece, dtype).sigmoid_()
         slope = torch.addcmul(prob, prob, prob, value=-1)
         slope *= torch.addcmul(to_all[at], to_inside[at], truth)
-        grad_masks = slope.addcmul_(to_terms[at], prob - truth).flatten(0, 1)
+        grad_masks = slope.addcmul_(to_terms[at], prob - truth).flatten(1, 2)
         if grad_rows is not None:
-            grad_rows[image, :count] += (grad_masks @ feature.mT).view(count, *rows.shape[2:])
+            grad_rows[image, :count] += torch.bmm(grad_masks, feature.mT).sum(0).view(count, *rows.shape[2:])
         if grad_pixels is not None:
-            _write_product(row.mT, grad_masks, grad_pixels[image, :, part])
+            _write_product(piece.each(row.mT), grad_masks, piece.of(grad_pixels[image, None]))
     return (
         None if grad_rows is None else grad_rows.to(rows.dtype),
         None if grad_pixels is None else grad_pixels.view(pixels.shape),
@@ -86,18 +89,23 @@ def differentiate_pieces(
 def _write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Without a second copy where dtypes allow it: on the CPU making that is a third of the product's time."""
     if out.dtype == right.dtype:
-        torch.mm(left, right, out=out)
+        torch.bmm(left, right, out=out)
     else:
-        out.copy_(left @ right)
+        out.copy_(torch.bmm(left, right))
 
 
-def _pieces(targets: Tensor, matched: Tensor) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Image, how many of its targets are looked at, a range of its pixels, and their truth there, ``(count, 1, pixels)``."""
-    truth = targets.flatten(2)
+def _pieces(pixels: Tensor, matched: Tensor) -> Iterator[tuple[int, int, Piece]]:
+    """Image, how many of its targets are looked at, and a piece of that image alone."""
+    channels, area = pixels.shape[1], pixels.shape[2] * pixels.shape[3]
     for image, count in enumerate(targets_with_match(matched)):
         if count:
-            for _, part in pieces_of(1, count * matched.shape[2], truth.shape[2], 0, targets.device):
-                yield image, count, part, truth[image, :count, None, part]
+            for piece in pieces_of(1, count * matched.shape[2], channels, area, 0, pixels.device):
+                yield image, count, piece
+
+
+def _of_image(values: Tensor, image: int, count: int) -> Tensor:
+    """``(B, M, S, ...)`` to ``(1, count S, ...)``, a view."""
+    return values[image, :count].flatten(0, 1)[None]
 
 
 def targets_with_match(matched: Tensor) -> list[int]:
@@ -108,10 +116,15 @@ def targets_with_match(matched: Tensor) -> list[int]:
     return (matched.any(2) * torch.arange(1, most + 1, device=matched.device)).amax(1).tolist()
 
 
-def _masks(rows: Tensor, pixels: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
-    """Logits ``(count, S, pixels)`` of rows ``(count, S, C)``."""
-    masks = rows.flatten(0, 1).to(dtype) @ pixels.flatten(1)[:, part].to(dtype)
-    return masks.unflatten(0, rows.shape[:2])
+def _masks(rows: Tensor, pixels: Tensor, image: int, count: int, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """Logits ``(parts, count, S, pixels of each)``."""
+    row, feature = _of_image(rows, image, count).to(dtype), piece.of(pixels[image, None].flatten(2)).to(dtype)
+    return torch.bmm(piece.each(row), feature).unflatten(1, (count, -1))
+
+
+def _truth(targets: Tensor, image: int, count: int, piece: Piece, dtype: torch.dtype) -> Tensor:
+    """``(parts, count, 1, pixels of each)``."""
+    return piece.of(targets[image, None, :count].flatten(2))[:, :, None].to(dtype)
 
 
 def _empty(rows: Tensor, pixels: Tensor, targets: Tensor, matched: Tensor, keep: bool) -> _Found:

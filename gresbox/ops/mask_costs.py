@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gresbox._checks import check_range, check_shape
 from gresbox.ops._backend import use_triton
-from gresbox.ops._pixel_chunks import chunks_of
+from gresbox.ops._pixel_chunks import pieces_of
 from gresbox.ops._precision import accumulation_dtype, no_autocast
 from gresbox.ops._register import Forms, define_op
 
@@ -78,7 +78,7 @@ def query_mask_cost(
         queries: One mask embedding per query.
         pixels: Pixel features.
         targets: The truth at the pixels' size; bool, or fractions of pixels. Padded targets get a cost like any other.
-        chunk: Pixels per chunk; None: by size, at most about a quarter of the image. Kernels do not read it.
+        chunk: Pixels per chunk; None: pieces whose masks hold 2 MB, 64 MB on a GPU, in float32. Kernels do not read it.
         dtype: Dtype of the result; None: that of ``queries``. Costs that are compared should not be rounded to 16 bits.
         backend: ``"eager"`` builds all masks, ``"auto"`` runs the kernel on CUDA and chunks elsewhere, ``"triton"`` is the kernel.
 
@@ -143,10 +143,10 @@ def price_chunks(queries: Tensor, pixels: Tensor, targets: Tensor, chunk: int) -
     query, features, truth = queries.to(dtype), pixels.flatten(2), targets.flatten(2)
     batch, count, most = query.shape[0], query.shape[1], truth.shape[1]
     totals = [query.new_zeros((batch, count)) for _ in range(2)] + [query.new_zeros((batch, count, most)) for _ in range(2)]
-    for part in chunks_of(features.shape[2], batch * count, chunk, queries.device):
-        sums = _consuming_sums(query @ features[:, :, part].to(dtype), truth[:, :, part].to(dtype))
-        for total, more in zip(totals, sums, strict=True):
-            total += more
+    for piece in pieces_of(batch, count, features.shape[1], features.shape[2], chunk, queries.device):
+        masks = torch.bmm(piece.each(query), piece.of(features).to(dtype))
+        for total, more in zip(totals, _consuming_sums(masks, piece.of(truth).to(dtype)), strict=True):
+            total[piece.images] += piece.total(more)
     softplus, probs, agree, overlap = totals
     bce, dice = _costs((softplus, probs, agree, overlap), truth.sum(-1, dtype=dtype), features.shape[2])
     return bce, dice, probs, overlap
@@ -179,15 +179,16 @@ def unprice_chunks(
     grad_probs = (grad_dice * (2 * overlap + 1) / union.square()).sum(-1)
     grad_query = torch.zeros_like(query) if needs[0] else None
     grad_pixels = pixels.new_empty(features.shape) if needs[1] else None
-    for part in chunks_of(features.shape[2], query.shape[0] * query.shape[1], chunk, queries.device):
-        feature, target = features[:, :, part].to(dtype), truth[:, :, part].to(dtype)
-        inside = (query @ feature).sigmoid()
-        to_probs = grad_probs[..., None] + grad_overlap @ target
-        grad_masks = inside * (grad_softplus[..., None] + to_probs * (1 - inside)) + grad_agree @ target
+    for piece in pieces_of(query.shape[0], query.shape[1], features.shape[1], features.shape[2], chunk, queries.device):
+        feature, target = piece.of(features).to(dtype), piece.of(truth).to(dtype)
+        inside = torch.bmm(piece.each(query), feature).sigmoid_()
+        to_probs = piece.each(grad_probs)[..., None] + torch.bmm(piece.each(grad_overlap), target)
+        grad_masks = inside * (piece.each(grad_softplus)[..., None] + to_probs * (1 - inside))
+        grad_masks += torch.bmm(piece.each(grad_agree), target)
         if grad_query is not None:
-            grad_query += grad_masks @ feature.mT
+            grad_query[piece.images] += piece.total(torch.bmm(grad_masks, feature.mT))
         if grad_pixels is not None:
-            grad_pixels[:, :, part] = query.mT @ grad_masks
+            piece.of(grad_pixels).copy_(torch.bmm(piece.each(query.mT), grad_masks))
     return (
         None if grad_query is None else grad_query.to(queries.dtype),
         None if grad_pixels is None else grad_pixels.view(pixels.shape),

@@ -43,6 +43,7 @@ def test_equals_the_losses_of_every_pair(queries, targets, pixels, scale):
             torch.testing.assert_close(dice[row, column], mask_dice(*pair)[0])
 
 
+@pytest.mark.usefixtures("pieces")
 @given(st.integers(0, 3), st.integers(0, 5), st.integers(0, 4), st.sampled_from([None, 1, 5, 100]))
 def test_factored_equals_the_built_masks(batch, queries, targets, chunk):
     torch.manual_seed(0)  # each example on its own, so that a failure repeats
@@ -77,16 +78,16 @@ class _Largest(TorchDispatchMode):
 
 
 def test_no_pass_holds_all_masks_or_all_pairs():
-    query, pixels, truth = torch.randn(2, 40, 8), torch.randn(2, 8, 24, 24), torch.rand(2, 7, 24, 24) > 0.5
+    query, pixels, truth = torch.randn(4, 100, 8), torch.randn(4, 8, 96, 96), torch.rand(4, 7, 96, 96) > 0.5
     with _Largest() as forward:
         bce, dice, *kept = price_chunks(query, pixels, truth, 0)
     with _Largest() as backward:
         unprice_chunks(bce, dice, query, pixels, truth, 0, *kept, [True, True])
-    assert 0 < forward.values <= 2 * 40 * 24 * 24 / 4
-    assert 0 < backward.values <= 2 * 40 * 24 * 24 / 4
+    assert 0 < forward.values <= 4 * 100 * 96 * 96 / 4
+    assert 0 < backward.values <= 4 * 100 * 96 * 96 / 4
     with _Largest() as pairwise:
-        pairwise_mask_cost(torch.randn(40, 576), truth[0].flatten(1))
-    assert pairwise.values <= 40 * 576
+        pairwise_mask_cost(torch.randn(40, 96 * 96), truth[0].flatten(1))
+    assert pairwise.values <= 40 * 96 * 96
 
 
 def test_errors():
