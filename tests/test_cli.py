@@ -90,14 +90,15 @@ def test_masked_training_is_a_switch(tmp_path):
     command = ["train", *SMALL, "--max-steps", "2", "--log-every", "1", "--pictures", "0"]
     assert cli.main([*command, "--aml", "--out", str(tmp_path / "plain")]) == 0
     options = ["--aml-threshold", "0.9", "--aml-relative", "--aml-drop", "1", "--aml-scale", "3", "--aml-clean-loss", "0.5"]
-    assert cli.main([*command, "--aml", *options, "--aml-block", "16", "--aml-protect-target", "--out", str(tmp_path / "set")]) == 0
+    options += ["--aml-block", "16", "--aml-protect-target", "--aml-score-dtype", "bfloat16"]
+    assert cli.main([*command, "--aml", *options, "--out", str(tmp_path / "set")]) == 0
     assert cli.main([*command, "--aml", "--aml-drop", "0.5", "--out", str(tmp_path / "drop")]) == 0
     assert "drop=0.5, block=8, " in (tmp_path / "drop" / "run.json").read_text()  # an eighth of the picture stays an eighth
     plain, given = (json.loads((tmp_path / name / "run.json").read_text())["aml"] for name in ("plain", "set"))
     assert "scale=90.51, threshold=0.4, relative=False, drop=0.25, block=8, " in plain["masking"]
-    assert plain["clean_loss_weight"] == 0
+    assert (plain["clean_loss_weight"], plain["score_dtype"]) == (0, None)
     assert "scale=3, threshold=0.9, relative=True, drop=1.0, block=16, " in given["masking"]
-    assert given["clean_loss_weight"] == 0.5
+    assert (given["clean_loss_weight"], given["score_dtype"]) == (0.5, "bfloat16")
     entries = [json.loads(line) for line in (tmp_path / "set" / "log.jsonl").read_text().splitlines()]
     assert entries[0]["aml/masked"] > 0
     assert entries[0]["aml/target_hidden"] == 0  # protected

@@ -84,6 +84,9 @@ def _add_masking(group: Any) -> None:
     group.add_argument(
         "--aml-clean-loss", type=float, metavar="W", help="share of the clean picture's loss, in [0, 1) (default: 0.0)"
     )
+    group.add_argument(
+        "--aml-score-dtype", choices=("float32", "bfloat16", "float16"), help="what scoring computes in (default: as --amp says)"
+    )
 
 
 def _add_reports(group: Any) -> None:
@@ -170,21 +173,24 @@ def _vocabulary(args: argparse.Namespace, words: Sequence[str]) -> tuple[str, ..
 
 def _masked_training(args: argparse.Namespace, model: Any) -> Any:
     """The wrapper that ``--aml`` asks for; None without it."""
-    given = {name: getattr(args, f"aml_{name}") for name in (*MASKING, "clean_loss")}
+    given = {name: getattr(args, f"aml_{name}") for name in (*MASKING, "clean_loss", "score_dtype")}
     given = {name: value for name, value in given.items() if value is not None and value is not False}
     if not args.aml:
         if given:
             raise ValueError(f"gresbox train: `--aml-{next(iter(given)).replace('_', '-')}` must come with --aml.")
         return None
+    import torch
+
     from gresbox.blocks import AlignmentAwareMasking
     from gresbox.training import AlignmentMaskedTraining
 
-    weight = given.pop("clean_loss", 0.0)
-    training = AlignmentMaskedTraining(model, clean_loss_weight=weight)
+    dtype = given.pop("score_dtype", None)
+    options = {"clean_loss_weight": given.pop("clean_loss", 0.0), "score_dtype": dtype and getattr(torch, dtype)}
+    training = AlignmentMaskedTraining(model, **options)
     if not given:
         return training
     masking = AlignmentAwareMasking(*model.encode_dims, **{"block": training.masking.block, **given})
-    return AlignmentMaskedTraining(model, masking, clean_loss_weight=weight)
+    return AlignmentMaskedTraining(model, masking, **options)
 
 
 def _run_folder(args: argparse.Namespace) -> Path:

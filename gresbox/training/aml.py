@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,6 +47,9 @@ class AlignmentMaskedTraining(nn.Module):
         clean_loss_weight: Share of the clean picture's loss, in [0, 1); see :meth:`passes`.
         score_mode: ``"eval"``: stage 1 runs without dropout and leaves running statistics alone; ``"train"``: as it is. A model
             with batch norm sees only masked pictures in its statistics with ``"eval"``.
+        score_dtype: What stage 1 computes in, by autocast: ``torch.bfloat16`` or ``torch.float16`` make it cheaper where the
+            training is in float32, ``torch.float32`` makes it exact under autocast; None: as the training. The match itself is in
+            float32.
         generator: Draws the noise.
 
     Shape:
@@ -74,6 +78,7 @@ class AlignmentMaskedTraining(nn.Module):
         encode: Encode | Sequence[nn.Module] | None = None,
         clean_loss_weight: float = 0.0,
         score_mode: str = "eval",
+        score_dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -82,12 +87,14 @@ class AlignmentMaskedTraining(nn.Module):
         if clean_loss_weight >= 1:
             raise ValueError(f"{who}: `clean_loss_weight` must be at least 0 and below 1, got {clean_loss_weight}.")
         check_choice(who, "score_mode", score_mode, ("eval", "train"))
+        check_choice(who, "score_dtype", score_dtype, (None, torch.float32, torch.bfloat16, torch.float16))
         if masking is not None and not isinstance(masking, nn.Module):
             raise TypeError(f"{who}: `masking` must be a module, got {masking!r}.")
         self.model = model
         self._given = _checked_encode(model, encode)  # a tuple: modules in it are not registered a second time
         self.masking = _default_masking(model) if masking is None else masking
-        self.clean_loss_weight, self.score_mode, self.generator = clean_loss_weight, score_mode, generator
+        self.clean_loss_weight, self.generator = clean_loss_weight, generator
+        self.score_mode, self.score_dtype = score_mode, score_dtype
         # What is no part of a checkpoint is the same on every process by its seed: nothing to send around before each step.
         passing = {name for name, _ in self.masking.named_buffers()} - self.masking.state_dict().keys()
         self._ddp_params_and_buffers_to_ignore = [f"masking.{name}" for name in sorted(passing)]
@@ -118,7 +125,7 @@ class AlignmentMaskedTraining(nn.Module):
         """
         visual = tokens = valid = None
         if getattr(self.masking, "reads_features", True):
-            with torch.no_grad(), self._scoring(), _without_cast_cache(images):
+            with torch.no_grad(), self._scoring(), _autocast(images.device.type, self.score_dtype):
                 visual, tokens, valid = self._encode(images, *args, **kwargs)
         return self.masking(images, visual, tokens, valid, targets=targets, generator=self.generator)
 
@@ -143,10 +150,16 @@ class AlignmentMaskedTraining(nn.Module):
     def settings(self) -> dict[str, Any]:
         """The numbers in words and plain values, for a run's record; a continued run must have the same."""
         masking = f"{type(self.masking).__name__}({self.masking.extra_repr()})"
-        return {"masking": masking, "clean_loss_weight": self.clean_loss_weight, "score_mode": self.score_mode}
+        dtype = None if self.score_dtype is None else str(self.score_dtype).removeprefix("torch.")
+        return {
+            "masking": masking,
+            "clean_loss_weight": self.clean_loss_weight,
+            "score_mode": self.score_mode,
+            "score_dtype": dtype,
+        }
 
     def extra_repr(self) -> str:
-        return f"clean_loss_weight={self.clean_loss_weight}, score_mode={self.score_mode!r}"
+        return f"clean_loss_weight={self.clean_loss_weight}, score_mode={self.score_mode!r}, score_dtype={self.score_dtype}"
 
     def _encode(self, images: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         if len(self._given) == 2:
@@ -218,19 +231,24 @@ def _encode_apart(
     visual, tokens = encoders[0](images), encoders[1](*args, **kwargs)
     visual = list(visual.values())[-1] if isinstance(visual, dict) else visual[-1] if isinstance(visual, (list, tuple)) else visual
     tokens = getattr(tokens, "last_hidden_state", tokens)
-    forward = getattr(_bare(model), "_orig_mod", _bare(model)).forward
-    named = inspect.signature(forward).bind(images, *args, **kwargs).arguments
+    signature = inspect.signature(getattr(_bare(model), "_orig_mod", _bare(model)).forward)
+    named = signature.bind(images, *args, **kwargs).arguments
     named = {**named, **named.get("kwargs", {})}
-    valid = named.get("attention_mask", named.get("valid"))
-    return visual, tokens, valid
+    if not {"attention_mask", "valid"} & {*signature.parameters, *named}:
+        warnings.warn(
+            f"{AlignmentMaskedTraining.__name__}: the model has no argument `attention_mask` or `valid`, so that padding counts as"
+            " words; give `encode` as a callable that returns (visual, tokens, valid).",
+            stacklevel=2,
+        )
+    return visual, tokens, named.get("attention_mask", named.get("valid"))
 
 
-def _without_cast_cache(images: Tensor) -> torch.autocast:
-    """The surrounding autocast without its cache of cast weights, which stage 1 would fill with copies that have no gradient."""
-    device = images.device.type
-    return torch.autocast(
-        device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device), cache_enabled=False
-    )
+def _autocast(device: str, dtype: torch.dtype | None) -> torch.autocast:
+    """In ``dtype``, or as it is around; without the cache of cast weights, which stage 1 would fill with copies without gradient."""
+    enabled = torch.is_autocast_enabled(device) if dtype is None else dtype != torch.float32
+    if dtype is None or not enabled:
+        dtype = torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _describe(value: Any) -> str:

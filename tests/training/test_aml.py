@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -200,6 +201,52 @@ def test_what_encodes():
         assert torch.equal(training.mask_images(*inputs.values())[1], want)  # by position: padding is found by its name
     assert want.any()
     assert not want.all()
+
+
+def test_a_pair_of_encoders_says_when_it_cannot_tell_padding():
+    inputs, _ = run.batch()
+    model = run.ours()
+
+    class Own(nn.Module):
+        def forward(self, images, input_ids, pad=None):
+            return model(images, input_ids, None)
+
+    class Marked(Own):
+        def forward(self, images, input_ids, valid=None):
+            return super().forward(images, input_ids)
+
+    images, words = inputs["images"], inputs["input_ids"]
+    pair = (model.image_encoder, lambda input_ids, **_: model.text_encoder(input_ids))
+    with pytest.warns(UserWarning, match="no argument `attention_mask` or `valid`, so that padding counts as words"):
+        AlignmentMaskedTraining(Own(), run.masking(), encode=pair).mask_images(images, words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AlignmentMaskedTraining(Marked(), run.masking(), encode=pair).mask_images(images, words)
+
+
+@pytest.mark.parametrize("around", [None, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16, torch.float16])
+def test_stage_1_has_a_dtype_of_its_own(dtype, around):
+    inputs, _ = run.batch()
+    model, seen = run.ours(), []
+
+    def encode(*args, **kwargs):
+        encoded = model.encode(*args, **kwargs)
+        seen.append((encoded[0].dtype, torch.is_autocast_cache_enabled()))
+        return encoded
+
+    training = seeded(AlignmentMaskedTraining(model, run.masking(drop=1.0), encode=encode, score_dtype=dtype))
+    with torch.autocast("cpu", dtype=around or torch.bfloat16, enabled=around is not None):
+        answer = training(**inputs)
+        assert torch.is_autocast_enabled("cpu") == (around is not None)
+        assert torch.is_autocast_cache_enabled()
+        _, _, similarity = training.mask_images(**inputs)
+    used = dtype or around or torch.float32
+    assert seen == [(used, False)] * 2
+    assert similarity.dtype == torch.float32
+    assert answer.dtype == (around or torch.float32)  # stage 2 is the plain step
+    exact = AlignmentMaskedTraining(model, run.masking(drop=1.0)).mask_images(**inputs)[2]
+    torch.testing.assert_close(similarity, exact, atol=1e-6 if used == torch.float32 else 0.02, rtol=0)
 
 
 def test_an_encoder_that_is_no_part_of_the_model():
@@ -433,6 +480,12 @@ BAD = {
     "weight nan": (lambda: wrapped(clean_loss_weight=float("nan")), ValueError, "`clean_loss_weight` must be at least 0"),
     "no weight": (lambda: wrapped(clean_loss_weight=None), TypeError, "`clean_loss_weight` must be a number, got None."),
     "a class as masking": (lambda: wrapped(masking=AlignmentAwareMasking), TypeError, "`masking` must be a module, got <class"),
+    "dtype": (
+        lambda: wrapped(score_dtype=torch.int8),
+        ValueError,
+        "`score_dtype` must be one of None, torch.float32, torch.bfloat16, torch.float16, got torch.int8.",
+    ),
+    "dtype by name": (lambda: wrapped(score_dtype="bfloat16"), ValueError, "torch.float16, got 'bfloat16'."),
     "mode": (lambda: wrapped(score_mode="test"), ValueError, "`score_mode` must be one of 'eval', 'train', got 'test'."),
     "one result": (lambda: wrapped(encode=lambda *_: IMAGES)(IMAGES), TypeError, "must return (visual, tokens) or (visual,"),
     "a map of another batch": (
