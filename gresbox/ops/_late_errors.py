@@ -23,7 +23,8 @@ _waiting: deque[tuple[torch.cuda.Event, Tensor, Report]] = deque()
 def hand_over(flags: Tensor, report: Report) -> None:
     """Let ``report`` see a copy of ``flags`` on the host, once it has arrived there.
 
-    A CUDA graph is captured without: its replays report nothing.
+    A CUDA graph is captured without: its replays report nothing. The copies' pinned memory is that of PyTorch's caching host
+    allocator, which uses it again once a copy has arrived and been reported, so that only the first calls ask the driver for some.
 
     Args:
         flags: What the kernel found, on a CUDA device.
