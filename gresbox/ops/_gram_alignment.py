@@ -61,28 +61,39 @@ def _cosine_gradients(grad: Tensor, product: Tensor, squared_a: Tensor, squared_
 
 @dataclass(frozen=True)
 class _Gram:
-    """What the form computes on its way, and its gradients. Padded tokens are 0."""
+    """What the form computes on its way, and its gradients; words come before queries, which is the faster product on a CPU."""
 
     query: Tensor
-    token: Tensor
-    logits: Tensor  # (B, N, L), not divided by sqrt C
+    token: Tensor  # padded places may hold anything
+    logits: Tensor  # (B, L, N), not divided by sqrt C; 0 where padded, as the next two
     relevance: Tensor
-    along: Tensor  # relevance times the tokens' Gram matrix
+    along: Tensor  # the tokens' Gram matrix times relevance
     product: Tensor  # (B, N)
     squared_query: Tensor
     squared_phrase: Tensor
 
     @classmethod
     def of(cls, query: Tensor, token: Tensor, real: Tensor | None) -> _Gram:
-        logits = query @ token.mT
-        relevance = relevance_of(logits, real, query.shape[-1])
-        along = relevance @ (token @ token.mT)
+        logits, gram = token @ query.mT, token @ token.mT
+        scaled = logits * max(query.shape[-1], 1) ** -0.5
+        if real is not None:  # what is filled are products: a padded token may be NaN
+            padded = ~real[..., None]
+            logits.masked_fill_(padded, 0), gram.masked_fill_(padded | padded.mT, 0)
+            scaled.masked_fill_(padded, torch.finfo(scaled.dtype).min)
+        relevance = scaled.softmax(1)
+        if real is not None:
+            relevance *= real[..., None]
+        along = gram @ relevance
         squared_query = torch.linalg.vector_norm(query, dim=-1).square()  # one pass: no tensor of the queries' size is made
-        return cls(query, token, logits, relevance, along, (relevance * logits).sum(-1), squared_query, (along * relevance).sum(-1))
+        return cls(query, token, logits, relevance, along, (relevance * logits).sum(1), squared_query, (along * relevance).sum(1))
 
     def loss(self, real: Tensor | None) -> Tensor:
         cosine = cosine_of(self.product, self.squared_query, self.squared_phrase)
         return where_spoken(1 - cosine, real, self.token)
+
+    def by_query(self) -> Tensor:
+        """The relevance ``(B, N, L)``."""
+        return self.relevance.mT.contiguous()
 
     def gradients(
         self, grad_loss: Tensor, grad_relevance: Tensor | None, real: Tensor | None, detached: bool
@@ -90,16 +101,17 @@ class _Gram:
         """Of queries and tokens."""
         lengths = (self.product, self.squared_query, self.squared_phrase)
         of_cosine = _cosine_gradients(where_spoken(-grad_loss, real, self.token), *lengths)
-        to_product, to_squared, to_length = (part[..., None] for part in of_cosine)
+        to_product, to_squared, to_length = (part[:, None] for part in of_cosine)
+        token = without_padding(self.token, real)
         to_logits = to_product * self.relevance
         if not detached:
             change = to_product * self.logits + 2 * to_length * self.along
-            change = change if grad_relevance is None else change + grad_relevance
-            inner = (self.relevance * change).sum(-1, keepdim=True)
+            change = change if grad_relevance is None else change + grad_relevance.mT
+            inner = (self.relevance * change).sum(1, keepdim=True)
             to_logits = to_logits + self.relevance * (change - inner) * max(self.query.shape[-1], 1) ** -0.5
-        grad_query = torch.baddbmm(2 * to_squared * self.query, to_logits, self.token)
-        to_gram = (2 * to_length * self.relevance).mT @ self.relevance  # symmetric
-        return grad_query, torch.baddbmm(to_gram @ self.token, to_logits.mT, self.query)
+        grad_query = torch.bmm(to_logits.mT, token).addcmul_(2 * to_squared.mT, self.query)
+        to_gram = (2 * to_length * self.relevance) @ self.relevance.mT  # symmetric
+        return grad_query, (to_gram @ token).baddbmm_(to_logits, self.query)
 
 
 class GramAlignment(torch.autograd.Function):
@@ -112,9 +124,10 @@ class GramAlignment(torch.autograd.Function):
         ctx.save_for_backward(query, token, real, *kept)
         ctx.detached = detached
         ctx.set_materialize_grads(False)
+        relevance = found.by_query()
         if detached:
-            ctx.mark_non_differentiable(found.relevance)
-        return found.loss(real), found.relevance
+            ctx.mark_non_differentiable(relevance)
+        return found.loss(real), relevance
 
     @staticmethod
     @once_differentiable
@@ -136,12 +149,12 @@ def kernel_refusal(queries: Tensor, tokens: Tensor, *rest: Any) -> str | None:
 
 def _wide(queries: Tensor, tokens: Tensor, real: Tensor | None) -> _Gram:
     dtype = torch.promote_types(torch.promote_types(queries.dtype, tokens.dtype), torch.float32)
-    return _Gram.of(queries.to(dtype), without_padding(tokens, real).to(dtype), real)
+    return _Gram.of(queries.to(dtype), tokens.to(dtype), real)
 
 
 def _align_plain(queries: Tensor, tokens: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:
     found = _wide(queries, tokens, real)
-    return found.loss(real).to(queries.dtype), found.relevance.to(queries.dtype)
+    return found.loss(real).to(queries.dtype), found.by_query().to(queries.dtype)
 
 
 def _align_kernel(queries: Tensor, tokens: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:

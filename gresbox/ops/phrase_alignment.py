@@ -79,12 +79,13 @@ def align_phrases(
         trained = torch.is_grad_enabled() and (queries.requires_grad or tokens.requires_grad)
         few = queries.numel() < FEW_VALUES and not trained
         form = _as_printed if backend == "eager" or few else GramAlignment.apply
-        loss, relevance = form(queries.to(dtype), without_padding(tokens, real).to(dtype), real, detach_relevance)
+        loss, relevance = form(queries.to(dtype), tokens.to(dtype), real, detach_relevance)
     return loss.to(queries.dtype), relevance.to(queries.dtype)
 
 
 def _as_printed(query: Tensor, token: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:
     """Eq. (1)-(3) with the phrases formed."""
+    token = without_padding(token, real)
     relevance = relevance_of(query @ token.mT, real, query.shape[-1])
     if detached:
         relevance = relevance.detach()
