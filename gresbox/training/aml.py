@@ -244,7 +244,7 @@ def _encode_apart(
 
 
 def _autocast(device: str, dtype: torch.dtype | None) -> torch.autocast:
-    """In ``dtype``, or as it is around; without the cache of cast weights, which stage 1 would fill with copies without gradient."""
+    """In ``dtype``, or as around; without the cache of cast weights, which stage 1 would fill with copies that have no gradient."""
     enabled = torch.is_autocast_enabled(device) if dtype is None else dtype != torch.float32
     if dtype is None or not enabled:
         dtype = torch.get_autocast_dtype(device)
