@@ -153,7 +153,8 @@ class HungarianInstanceMatcher(nn.Module):
         else:
             size = (pixels.shape[0], self.num_points, 2)
             points = torch.rand(size, generator=self.generator, device=pixels.device)
-            truth = point_sample(stack_masks(masks)[0], points)[..., None]  # (B, M, P, 1)
+            full, _ = stack_masks(masks, dtype=torch.bool)
+            truth = point_sample(full, points)[..., None]  # (B, M, P, 1)
         if all(step.pixels is pixels for step in predictions):
             queries = torch.cat([step.mask_embeddings for step in predictions], 1)  # (B, S * N, C): one pass over the pixels
             bce, dice = query_mask_cost(queries, _at(pixels, points), truth, dtype=_wide_dtype(queries))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gresbox.ops import point_sample, uncertain_points
 
@@ -47,6 +48,9 @@ def test_many_maps_are_read_as_few_are():
     few = torch.cat([point_sample(part, points) for part in masks.split(7, 1)], 1)
     many = point_sample(masks, points)
     assert torch.equal(many, few)
+    torch.testing.assert_close(point_sample(masks.detach(), points), few.detach())
+    outside = points * 3 - 1
+    torch.testing.assert_close(point_sample(masks.detach(), outside), point_sample(masks, outside).detach())
     weight = torch.randn(few.shape, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((values * weight).sum(), masks)[0] for values in (many, few))
     torch.testing.assert_close(ours, theirs)
@@ -58,10 +62,34 @@ def test_point_sample_of_nothing(shape):
     assert point_sample(torch.zeros(2, 3, 4, 4), torch.rand(2, 0, 2)).shape == (2, 3, 0)
 
 
-def test_bool_maps_count_as_zero_and_one():
-    masks = torch.rand(2, 3, 4, 4) > 0.5
-    points = torch.rand(2, 5, 2)
-    torch.testing.assert_close(point_sample(masks, points), point_sample(masks.float(), points))
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(1, 9))
+def test_bool_maps_count_as_zero_and_one(batch, maps, height, width, count):
+    torch.manual_seed(0)  # each example on its own, so that a failure repeats
+    masks = torch.rand(batch, maps, height, width) > 0.5
+    points = (torch.rand(batch, count, 2, dtype=torch.float64) * 1.6 - 0.3).requires_grad_()  # some outside
+    ours, wanted = point_sample(masks, points), point_sample(masks.double(), points)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=1e-6)
+    weight = torch.randn(wanted.shape)
+    ours, wanted = (torch.autograd.grad((values * weight).sum(), points)[0] for values in (ours, wanted))
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
+    assert torch.equal(point_sample(masks.to(torch.uint8), points), point_sample(masks, points))
+
+
+def test_bool_maps_are_never_floating_point_as_a_whole():
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                self.values = max(self.values, out.numel())
+            return out
+
+    masks, points = torch.rand(2, 3, 60, 60) > 0.5, torch.rand(2, 10, 2)
+    with Largest() as largest:
+        point_sample(masks, points)
+    assert 0 < largest.values <= 2 * 3 * 10 * 4
 
 
 @given(st.integers(0, 3), st.integers(1, 9), st.sampled_from([1.0, 2.5, 3.0]), st.sampled_from([0.0, 0.5, 0.75, 1.0]))
