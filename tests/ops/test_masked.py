@@ -7,7 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gresbox.ops import masked_attention
+from gresbox.ops import masked, masked_attention
+from gresbox.testing import assert_matches_reference
+
+
+@pytest.fixture(params=["affinities stored", "PyTorch's attention"], autouse=True)
+def form(request, monkeypatch):
+    for name in ("_FEW", "_MANY"):
+        monkeypatch.setattr(masked, name, 2**40 if request.param == "affinities stored" else -1)
 
 
 def _by_hand(query, key, value, mask_logits):
@@ -42,6 +49,26 @@ def test_blocked_pixels_reach_nothing():
     grads = torch.autograd.grad(masked_attention(query, key, value, logits).sum(), (key, value))
     assert all((grad[:, :, 4:] == 0).all() for grad in grads)
     assert (grads[1][:, :, :4] != 0).all()
+
+
+@given(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(1, 7))
+def test_gradients_equal_those_of_the_softmax_by_hand(batch, heads, queries, pixels):
+    torch.manual_seed(0)  # each example on its own, so that a failure repeats
+    inputs = [torch.randn(batch, heads, n, 4) for n in (queries, pixels, pixels)]
+    logits = torch.randn(batch, queries, pixels)
+    logits[:, ::2] -= 10
+    ours, by_hand = (lambda q, k, v, f=f: f(q, k, v, logits) for f in (masked_attention, _by_hand))
+    assert_matches_reference(ours, by_hand, inputs)
+
+
+def test_the_form_follows_from_size_and_gradients(monkeypatch):
+    monkeypatch.undo()
+    query, key = torch.randn(1, 8, 100, 32), torch.randn(1, 8, 3600, 32)
+    assert masked._worth_storing(query, key[:, :, :400], key)
+    assert not masked._worth_storing(query, key, key)
+    assert masked._worth_storing(query.clone().requires_grad_(), key, key)
+    assert not masked._worth_storing(query.expand(8, -1, -1, -1), key.expand(8, -1, -1, -1), key.clone().requires_grad_())
+    assert not masked._worth_storing(query[:, :, :1].half(), key, key)
 
 
 def test_an_image_of_empty_masks_equals_no_mask():
