@@ -47,7 +47,7 @@ class Steps:
         torch.manual_seed(0)
         self.model: Any = create_model(name, image_size=size).train()
         full = AlignmentMaskedTraining(self.model).train()
-        half = AlignmentMaskedTraining(self.model, full.masking, encode=self.encode_in_bfloat16).train()
+        half = AlignmentMaskedTraining(self.model, full.masking, score_dtype=torch.bfloat16).train()
         self.wrapped = {"plain": self.model, "aml": full, "aml_bf16": half}
         self.criterion = self.model.criterion()
         groups = self.model.parameter_groups(self.model.recipe.lr)
@@ -69,11 +69,6 @@ class Steps:
         torch.nn.utils.clip_grad_norm_(self.parameters, self.model.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-    def encode_in_bfloat16(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own stage 1 with matrix products in bfloat16; the match is in float32 either way."""
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return self.model.encode(*args, **kwargs)
 
     def parts(self) -> dict[str, Callable[[], object]]:
         """Stage 1, and what a plain step is made of."""

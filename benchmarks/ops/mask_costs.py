@@ -94,7 +94,7 @@ TARGETS = [
 ]
 
 NOTES = (
-    "With one step the product of queries and pixels, which all forms share, is most of the time; steps that share "
-    "their pixels gain more. Tried on the CPU: logits and probabilities in passes of their own, and chunk by chunk "
-    "with one exponential for both, which is kept."
+    "With one step the product of queries and pixels, which all forms share, is half of the time; steps that share their "
+    "pixels gain more. Tried on the CPU: logits and probabilities in passes of their own; chunks of all images; and runs "
+    "of one image's pixels, one core for each, which is kept."
 )

@@ -70,7 +70,7 @@ TARGETS = [
 ]
 
 NOTES = (
-    "On the CPU the Gram form reaches its target with gradients and where it is compiled, not in the forward pass "
-    "alone; that is not profiled further. For few queries without gradients the printed equations run, which are as "
-    "fast."
+    "Two designs were tried on the CPU: by inner products with queries first, and with words first, which is the faster "
+    "product; half of the forward pass is that one product. For few queries without gradients the printed equations run, "
+    "which are as fast."
 )

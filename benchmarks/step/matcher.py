@@ -210,7 +210,7 @@ TARGETS = [
 ]
 
 NOTES = (
-    "With one step, reading 256 channels of four images at 3,136 points takes 17 ms of the whole, timed alone; other "
-    "designs were slower: all channels of a point at once (39 ms), index_select (23 ms), gather (33 ms), pixels laid "
-    "out channel by channel first (27 ms before anything is read). Ten steps share it."
+    "With points and one step, reading 256 channels of four images at 3,136 of them is the largest part: 11 ms with an "
+    "image's pixels laid out as rows, 17 ms map by map, 39 ms with all channels of a point at once, 23 ms by "
+    "index_select, 33 ms by gather, 40 ms as a sparse product. Ten steps share it."
 )
