@@ -49,3 +49,6 @@ def cost(case: dict[str, int], itemsize: int, direction: str) -> Cost:
     passes = {"forward": 1, "backward": 2, "forward+backward": 3}[direction]
     pairs, ends = case["N"] * case["M"], 4 * (case["N"] + case["M"])
     return Cost(flops=30 * passes * pairs, bytes=passes * (pairs + ends) * itemsize)
+
+
+NOTES = "Not compiled, ours is slower than torchvision's: it keeps boxes without area finite, in values and gradients."
