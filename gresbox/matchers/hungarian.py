@@ -15,6 +15,8 @@ from gresbox.structures import GresTarget, InstancePrediction, PaddedTargets
 
 __all__ = ["HungarianInstanceMatcher"]
 
+_LARGE = 2**18  # mask logits of an image from which on a CPU gains nothing by taking several at once
+
 
 class HungarianInstanceMatcher(nn.Module):
     r"""Which query answers for which target instance: the one-to-one matching of smallest total cost.
@@ -148,22 +150,13 @@ class HungarianInstanceMatcher(nn.Module):
         """Binary cross-entropy and dice of every query with every target, two ``(S, B, N, M)``."""
         pixels = predictions[0].pixels
         points = None
-        if self.num_points is None:
-            truth, _ = stack_masks(masks, (pixels.shape[-2], pixels.shape[-1]))
-        else:
-            size = (pixels.shape[0], self.num_points, 2)
-            points = torch.rand(size, generator=self.generator, device=pixels.device)
-            full, _ = stack_masks(masks, dtype=torch.bool)
-            truth = point_sample(full, points)[..., None]  # (B, M, P, 1)
-        if all(step.pixels is pixels for step in predictions):
-            queries = torch.cat([step.mask_embeddings for step in predictions], 1)  # (B, S * N, C): one pass over the pixels
-            bce, dice = query_mask_cost(queries, _at(pixels, points), truth, dtype=_wide_dtype(queries))
-            shape = (len(predictions), -1)
-            return bce.unflatten(1, shape).transpose(0, 1), dice.unflatten(1, shape).transpose(0, 1)
-        costs = [
-            query_mask_cost(step.mask_embeddings, _at(step.pixels, points), truth, dtype=_wide_dtype(step.mask_embeddings))
-            for step in predictions
-        ]
+        if self.num_points is not None:
+            points = torch.rand((len(masks), self.num_points, 2), generator=self.generator, device=pixels.device)
+        if all(step.pixels is pixels for step in predictions):  # one pass over the pixels
+            queries = torch.cat([step.mask_embeddings for step in predictions], 1)  # (B, S * N, C)
+            bce, dice = (cost.unflatten(1, (len(predictions), -1)) for cost in _price(queries, pixels, masks, points))
+            return bce.transpose(0, 1), dice.transpose(0, 1)
+        costs = [_price(step.mask_embeddings, step.pixels, masks, points) for step in predictions]
         return torch.stack([bce for bce, _ in costs]), torch.stack([dice for _, dice in costs])
 
     def _blame(self, predictions: Sequence[InstancePrediction], first_phrase_step: int) -> str:
@@ -210,9 +203,25 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(_wide_dtype(values))
 
 
-def _at(pixels: Tensor, points: Tensor | None) -> Tensor:
-    """Pixel features at points as a map ``(B, C, P, 1)``; sampling is linear, so it may come before the product with queries."""
-    return pixels if points is None else point_sample(pixels, points)[..., None]
+def _price(queries: Tensor, pixels: Tensor, masks: Sequence[Tensor], points: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The two mask costs ``(B, N, M)``; large images on a CPU one by one, each with its own number of targets."""
+    batch, most = len(masks), max(part.shape[0] for part in masks)
+    found = queries.new_zeros((2, batch, queries.shape[1], most), dtype=_wide_dtype(queries))
+    compared = pixels[0, 0].numel() if points is None else points.shape[1]
+    size = 1 if pixels.device.type == "cpu" and queries.shape[1] * compared >= _LARGE else batch
+    for start in range(0, batch, size):
+        images = slice(start, start + size)
+        count = max(part.shape[0] for part in masks[images])
+        if count == 0:
+            continue
+        if points is None:
+            features, (truth, _) = pixels[images], stack_masks(masks[images], (pixels.shape[-2], pixels.shape[-1]))
+        else:  # sampling is linear, so it may come before the product with queries
+            features = point_sample(pixels[images], points[images])[..., None]  # (B, C, P, 1)
+            truth = point_sample(stack_masks(masks[images], dtype=torch.bool)[0], points[images])[..., None]
+        for cost, values in zip(found, query_mask_cost(queries[images], features, truth, dtype=found.dtype), strict=True):
+            cost[images, :, :count] = values
+    return found[0], found[1]
 
 
 def _phrase_costs(predictions: Sequence[InstancePrediction]) -> Tensor:

@@ -177,7 +177,7 @@ def _unmerge_masks(
 ) -> _Gradients:
     """As :func:`_unmerge_prelu` for the forms whose gradient needs the masks; they are built again."""
     query, features, score = inputs
-    grad_query, grad_score = torch.zeros_like(query), torch.zeros_like(score)
+    grad_query, grad_score = query.new_zeros(query.shape), score.new_zeros(score.shape)
     for piece in pieces_of(features.shape[0], query.shape[1], features.shape[1], features.shape[2], chunk, query.device):
         feature = piece.of(features).to(query.dtype)
         masks = torch.bmm(piece.each(query), feature)

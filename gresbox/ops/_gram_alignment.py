@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gresbox.ops._precision import no_autocast
 from gresbox.ops._register import Forms, define_op
 
 __all__ = ["GramAlignment", "align_op", "cosine_of", "kernel_refusal", "relevance_of", "where_spoken", "without_padding"]
@@ -93,7 +94,7 @@ class _Gram:
 
     def by_query(self) -> Tensor:
         """The relevance ``(B, N, L)``."""
-        return self.relevance.mT.contiguous()
+        return self.relevance.mT.clone(memory_format=torch.contiguous_format)  # never a view of what is saved
 
     def gradients(
         self, grad_loss: Tensor, grad_relevance: Tensor | None, real: Tensor | None, detached: bool
@@ -137,7 +138,8 @@ class GramAlignment(torch.autograd.Function):
         found = _Gram(query, token, *kept)
         if grad_loss is None:
             grad_loss = torch.zeros_like(found.product)
-        return *found.gradients(grad_loss, grad_relevance, real, ctx.detached), None, None
+        with no_autocast(query):
+            return *found.gradients(grad_loss, grad_relevance, real, ctx.detached), None, None
 
 
 def kernel_refusal(queries: Tensor, tokens: Tensor, *rest: Any) -> str | None:

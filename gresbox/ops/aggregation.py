@@ -95,8 +95,9 @@ def aggregate_queries(
     .. math:: s_i = V\,Q_i, \qquad z = \sum_i p_i\,\mathrm{PReLU}(s_i; a)
 
     Paper: Nguyen et al., "Instance-Aware Generalized Referring Expression Segmentation", arXiv:2411.15087, Eq. (4) and (8).
-    Differs from the paper: as :func:`aggregate_masks`. The pixels are taken chunk by chunk, forward and backward; the backward pass
-    builds each chunk's masks again and stores only the inputs. There is no double backward; use ``"eager"`` for that.
+    Differs from the paper: as :func:`aggregate_masks`. The pixels are taken chunk by chunk, forward and backward. For the gradient
+    of ``"prelu"`` it is kept on which side of zero each mask is, and no mask is built again; other forms keep only the inputs and
+    build each chunk's masks a second time. There is no double backward; use ``"eager"`` for that.
 
     Args:
         queries: One mask embedding per query.
@@ -105,7 +106,7 @@ def aggregate_queries(
         slope: As in :func:`aggregate_masks`.
         bias: Added to the result.
         form: As in :func:`aggregate_masks`.
-        chunk: Pixels per chunk; None: pieces whose masks hold 2 MB, 64 MB on a GPU, in float32.
+        chunk: Pixels per chunk; None: pieces whose masks hold 2 MB at most, on a GPU 64 MB, in float32.
         backend: ``"eager"`` builds all masks, ``"auto"`` goes chunk by chunk (the registered op ``gresbox::aggregate_queries``).
 
     Shape:

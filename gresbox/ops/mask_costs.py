@@ -78,7 +78,7 @@ def query_mask_cost(
         queries: One mask embedding per query.
         pixels: Pixel features.
         targets: The truth at the pixels' size; bool, or fractions of pixels. Padded targets get a cost like any other.
-        chunk: Pixels per chunk; None: pieces whose masks hold 2 MB, 64 MB on a GPU, in float32. Kernels do not read it.
+        chunk: Pixels per chunk; None: pieces whose masks hold 2 MB at most, on a GPU 64 MB, in float32. Kernels do not read it.
         dtype: Dtype of the result; None: that of ``queries``. Costs that are compared should not be rounded to 16 bits.
         backend: ``"eager"`` builds all masks, ``"auto"`` runs the kernel on CUDA and chunks elsewhere, ``"triton"`` is the kernel.
 
@@ -177,7 +177,7 @@ def unprice_chunks(
     union = probs[..., None] + truth.sum(-1, dtype=dtype)[..., None, :] + 1
     grad_overlap = -2 * grad_dice / union
     grad_probs = (grad_dice * (2 * overlap + 1) / union.square()).sum(-1)
-    grad_query = torch.zeros_like(query) if needs[0] else None
+    grad_query = query.new_zeros(query.shape) if needs[0] else None
     grad_pixels = pixels.new_empty(features.shape) if needs[1] else None
     for piece in pieces_of(query.shape[0], query.shape[1], features.shape[1], features.shape[2], chunk, queries.device):
         feature, target = piece.of(features).to(dtype), piece.of(truth).to(dtype)

@@ -25,7 +25,7 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_logits: Ten
     Paper: Cheng et al., "Masked-attention Mask Transformer for Universal Image Segmentation", arXiv:2112.01527, Sec. 3.2.1.
     Differs from the paper: nothing; a query whose mask is empty attends everywhere, as in the authors' code. PyTorch's attention
     with one mask for all heads does the work: a Triton kernel would have to be 1.3 times as fast, and there is none. On a CPU
-    the equation as printed is faster for small maps, and with gradients for larger ones too, and runs there; it has no double
+    the equation as printed is faster for small maps, and with gradients for larger ones too, and runs there. There is no double
     backward.
 
     Args:
@@ -67,14 +67,14 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_logits: Ten
 
 def _worth_storing(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the form that keeps its affinities is the faster one."""
-    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64):
+    if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or torch.compiler.is_exporting():
         return False
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return query.numel() // max(query.shape[-1], 1) * key.shape[2] <= (_MANY if trained else _FEW)
 
 
 class _StoredAttention(torch.autograd.Function):
-    """The affinities are written over by the probabilities, and their gradient by that of the affinities."""
+    """The equation as printed, with its probabilities kept; their gradient is written over by that of the affinities."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
@@ -89,9 +89,10 @@ class _StoredAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of query, key and value."""
         query, key, value, share, out = ctx.saved_tensors
-        change = grad @ value.mT
-        change.sub_((grad * out).sum(-1, keepdim=True)).mul_(share)
-        return _scaled(change @ key), change.mT @ _scaled(query), share.mT @ grad, None
+        with no_autocast(query):
+            change = grad @ value.mT
+            change.sub_((grad * out).sum(-1, keepdim=True)).mul_(share)
+            return _scaled(change @ key), change.mT @ _scaled(query), share.mT @ grad, None
 
 
 def _scaled(query: Tensor) -> Tensor:

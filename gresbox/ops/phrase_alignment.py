@@ -77,7 +77,7 @@ def align_phrases(
             loss, relevance = align_op(queries, tokens, None if real is None else real.contiguous(), detach_relevance)
             return loss, relevance.detach() if detach_relevance else relevance
         trained = torch.is_grad_enabled() and (queries.requires_grad or tokens.requires_grad)
-        few = queries.numel() < FEW_VALUES and not trained
+        few = not (trained or torch.compiler.is_exporting()) and queries.numel() < FEW_VALUES
         form = _as_printed if backend == "eager" or few else GramAlignment.apply
         loss, relevance = form(queries.to(dtype), tokens.to(dtype), real, detach_relevance)
     return loss.to(queries.dtype), relevance.to(queries.dtype)

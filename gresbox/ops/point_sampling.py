@@ -26,7 +26,7 @@ def point_sample(masks: Tensor, points: Tensor) -> Tensor:
         points: Where, with (0, 0) the upper left corner of the upper left pixel and (1, 1) the lower right corner of the last.
 
     Shape:
-        - ``masks``: ``(B, N, H, W)``; ``points``: ``(B, K, 2)`` xy; returns ``(B, N, K)``.
+        - ``masks``: ``(B, N, H, W)``; ``points``: ``(B, K, 2)`` xy; returns ``(B, N, K)``, which need not be contiguous.
 
     Raises:
         ValueError: If a shape does not fit.
@@ -69,9 +69,14 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     for row, by_row in ((top, 1 - (y - top)), (top + 1, y - top)):
         for column, by_column in ((left, 1 - (x - left)), (left + 1, x - left)):
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            places.append(torch.where(inside, row, 0).long() * width + torch.where(inside, column, 0).long())
+            places.append(_nearest(row, height) * width + _nearest(column, width))
             weights.append(torch.where(inside, by_row * by_column, 0))
     return torch.stack(places, -1), torch.stack(weights, -1)
+
+
+def _nearest(place: Tensor, size: int) -> Tensor:
+    """Rows or columns as indices, what is outside at the border: a weight of 0 hides no infinite value far away."""
+    return place.nan_to_num(0.0).clamp(0, size - 1).long()
 
 
 def _read_at_corners(masks: Tensor, points: Tensor) -> Tensor:

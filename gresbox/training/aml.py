@@ -43,7 +43,7 @@ class AlignmentMaskedTraining(nn.Module):
         encode: What stage 1 calls with everything that the model is given; returns ``(visual, tokens, valid)``. None:
             ``model.encode``. A pair of modules ``(image_encoder, text_encoder)``: the first gets the images and returns a feature
             map (of several the last is taken), the second gets the rest and returns tokens; ``valid`` is then the model's argument
-            ``attention_mask`` or ``valid``.
+            ``attention_mask`` or ``valid``, and a model with neither is warned of: padding would count as words.
         clean_loss_weight: Share of the clean picture's loss, in [0, 1); see :meth:`passes`.
         score_mode: ``"eval"``: stage 1 runs without dropout and leaves running statistics alone; ``"train"``: as it is. A model
             with batch norm sees only masked pictures in its statistics with ``"eval"``.
@@ -233,7 +233,9 @@ def _encode_apart(
     tokens = getattr(tokens, "last_hidden_state", tokens)
     signature = inspect.signature(getattr(_bare(model), "_orig_mod", _bare(model)).forward)
     named = signature.bind(images, *args, **kwargs).arguments
-    named = {**named, **named.get("kwargs", {})}
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
     if not {"attention_mask", "valid"} & {*signature.parameters, *named}:
         warnings.warn(
             f"{AlignmentMaskedTraining.__name__}: the model has no argument `attention_mask` or `valid`, so that padding counts as"

@@ -268,13 +268,37 @@ def test_images_are_matched_independently():
         assert torch.equal(together[:, b, : alone.shape[-1]], alone[:, 0])
 
 
-def test_all_steps_are_priced_and_assigned_at_once(monkeypatch):
+@pytest.mark.parametrize("large", [False, True])
+def test_all_steps_are_priced_and_assigned_at_once(monkeypatch, large):
+    """Large images on a CPU one by one, each with its own targets; one without is not priced then."""
     calls = []
+    monkeypatch.setattr(hungarian, "_LARGE", 0 if large else 2**40)
     for name in ("assign", "query_mask_cost"):
         real = getattr(hungarian, name)
-        monkeypatch.setattr(hungarian, name, lambda *a, _name=name, _real=real, **k: calls.append(_name) or _real(*a, **k))
-    HungarianInstanceMatcher().match_steps(random_steps(steps=5), random_targets([2, 1]))
-    assert sorted(calls) == ["assign", "query_mask_cost"]
+
+        def spy(*args, _name=name, _real=real, **kwargs):
+            calls.append((_name, tuple(tuple(x.shape[:2]) for x in args[:3:2])))  # queries and targets
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(hungarian, name, spy)
+    steps = random_steps(steps=5, batch=3)
+    queries = steps[0].score_logits.shape[1]
+    HungarianInstanceMatcher().match_steps(steps, random_targets([2, 0, 1]))
+    sizes = [(1, 2), (1, 1)] if large else [(3, 2)]
+    priced = [("query_mask_cost", ((batch, 5 * queries), (batch, count))) for batch, count in sizes]
+    assert calls == [*priced, ("assign", ((5 * 3, queries),))]
+
+
+@pytest.mark.parametrize("num_points", [None, 9])
+def test_one_by_one_or_together_the_costs_are_equal(monkeypatch, seen_costs, num_points):
+    steps, targets = random_steps(batch=3), random_targets([2, 0, 3])
+    for large in (0, 2**40):
+        monkeypatch.setattr(hungarian, "_LARGE", large)
+        matcher = HungarianInstanceMatcher(num_points=num_points, generator=torch.Generator().manual_seed(0))
+        matcher.match_steps(steps, targets)
+    first, second = (cost.unflatten(0, (-1, 3)) for cost in seen_costs)
+    for image, count in enumerate((2, 0, 3)):
+        torch.testing.assert_close(first[:, image, :, :count], second[:, image, :, :count])
 
 
 def test_targets_of_several_sizes_are_averaged_to_the_masks_size():

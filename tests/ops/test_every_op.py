@@ -85,6 +85,7 @@ CASES = {
         [_randn(2, 2, 5, 3), *(_randn(2, 2, 4, 3) for _ in range(3)), *(_randn(2, 2, 5, 3) for _ in range(2))],
     ),
     "point_sample": Case(ops.point_sample, [_randn(2, 3, 5, 4), _rand(2, 7, 2)]),
+    "point_sample of many maps": Case(ops.point_sample, [_randn(2, 70, 5, 4), _rand(2, 7, 2)]),
     "mask_bce": Case(lambda s: ops.mask_bce(s, torch.arange(12).view(3, 4) % 2 == 0), [_randn(3, 4)]),
     "mask_dice": Case(lambda s: ops.mask_dice(s, torch.arange(12).view(3, 4) % 2 == 0), [_randn(3, 4)]),
     "matched_mask_losses": Case(

@@ -61,6 +61,16 @@ def test_gradients_equal_those_of_the_softmax_by_hand(batch, heads, queries, pix
     assert_matches_reference(ours, by_hand, inputs)
 
 
+def test_a_backward_pass_under_autocast_is_not_lowered():
+    query, key, value = (torch.randn(1, 2, n, 4, requires_grad=True) for n in (3, 6, 6))
+    logits = torch.randn(1, 3, 6)
+    wanted = torch.autograd.grad(masked_attention(query, key, value, logits).sum(), (query, key, value))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(masked_attention(query, key, value, logits).sum(), (query, key, value))
+    for ours, exact in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
 def test_the_form_follows_from_size_and_gradients(monkeypatch):
     monkeypatch.undo()
     query, key = torch.randn(1, 8, 100, 32), torch.randn(1, 8, 3600, 32)

@@ -51,6 +51,45 @@ def test_padding_order_and_batch_do_not_matter(batch, queries, length, padding):
         torch.testing.assert_close(align_phrases(query[index : index + 1], token[index : index + 1])[0][0], loss[index])
 
 
+@pytest.mark.parametrize("form", ["eager", "auto", "op"])
+def test_padding_may_be_anything_and_gets_no_gradient(form):
+    query, token = torch.randn(2, 3, 8, dtype=torch.float64), torch.randn(2, 4, 8, dtype=torch.float64)
+    valid = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]) > 0
+    padded = torch.where(valid[..., None], token, torch.tensor([torch.nan, torch.inf]).repeat(4)[None, None])
+
+    def align(q, t):
+        if form == "op":
+            return torch.ops.gresbox.align_phrases(q, t, valid, False)
+        return align_phrases(q, t, valid, backend=form)
+
+    def gradients(f, *leaves):
+        loss, relevance = f(*(leaf.requires_grad_() for leaf in leaves))
+        return loss, relevance, *torch.autograd.grad(loss.sum() + (relevance * weight).sum(), leaves)
+
+    weight = torch.randn(2, 3, 4)
+    clean = gradients(lambda q, t: align_phrases(q, t, valid, backend="eager"), query.clone(), token * valid[..., None])
+    for got, wanted in zip(gradients(align, query.clone(), padded), clean, strict=True):
+        torch.testing.assert_close(got, wanted)
+    assert (clean[3][~valid] == 0).all()
+
+
+def test_a_backward_pass_under_autocast_is_not_lowered():
+    query, token = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 4, 8, requires_grad=True)
+    wanted = torch.autograd.grad(align_phrases(query, token)[0].sum(), (query, token))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(align_phrases(query, token)[0].sum(), (query, token))
+    assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (1, 3)])
+def test_the_relevance_may_be_written_over(sizes):
+    query, token = torch.randn(2, sizes[0], 8, requires_grad=True), torch.randn(2, sizes[1], 8)
+    wanted = torch.autograd.grad(align_phrases(query, token, detach_relevance=True)[0].sum(), query)
+    loss, relevance = align_phrases(query, token, detach_relevance=True)
+    relevance.zero_()
+    assert torch.equal(torch.autograd.grad(loss.sum(), query)[0], wanted[0])
+
+
 @FORMS
 def test_hostile_values_stay_finite(backend):
     token = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])  # equally relevant opposite tokens: the phrase is zero

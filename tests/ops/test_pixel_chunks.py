@@ -24,8 +24,8 @@ def test_every_pixel_once_and_nothing_too_large(batch, maps, channels, pixels, c
         product = torch.bmm(piece.each(rows), piece.of(features))
         piece.of(masks).copy_(product)
         sums[piece.images] += piece.total(product.sum(-1))
-        if device == "cpu" and not chunk:
-            assert maps * piece.of(seen).numel() <= max(_pixel_chunks._SMALL, _pixel_chunks._CPU_VALUES, maps)
+        most = _pixel_chunks._CPU_VALUES if device == "cpu" else _pixel_chunks._DEVICE_VALUES
+        assert chunk or maps * piece.of(seen).numel() <= max(most, maps)
     assert (seen == 1).all()
     torch.testing.assert_close(masks, rows @ features)
     torch.testing.assert_close(sums, (rows @ features).sum(-1))

@@ -56,6 +56,14 @@ def test_many_maps_are_read_as_few_are():
     torch.testing.assert_close(ours, theirs)
 
 
+def test_what_is_not_read_may_be_infinite():
+    masks, points = torch.randn(1, 70, 5, 6), torch.tensor([[[0.95, 0.95], [0.5, 1.05]]])  # the second is partly outside
+    masks[:, :, 0, 0] = torch.inf
+    torch.testing.assert_close(
+        point_sample(masks, points), torch.cat([point_sample(part, points) for part in masks.split(7, 1)], 1)
+    )
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4)])
 def test_point_sample_of_nothing(shape):
     assert point_sample(torch.zeros(shape), torch.rand(shape[0], 5, 2)).shape == (shape[0], shape[1], 5)
@@ -74,6 +82,13 @@ def test_bool_maps_count_as_zero_and_one(batch, maps, height, width, count):
     ours, wanted = (torch.autograd.grad((values * weight).sum(), points)[0] for values in (ours, wanted))
     torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
     assert torch.equal(point_sample(masks.to(torch.uint8), points), point_sample(masks, points))
+
+
+@pytest.mark.parametrize("maps", [torch.rand(2, 3, 5, 4) > 0.5, torch.rand(2, 70, 5, 4)])
+def test_without_gradients_it_is_one_graph(maps):
+    points = torch.rand(2, 7, 2)
+    compiled = torch.compile(point_sample, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(maps, points), point_sample(maps, points))
 
 
 def test_bool_maps_are_never_floating_point_as_a_whole():
