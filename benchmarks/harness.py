@@ -169,10 +169,10 @@ def not_installed(failure: BaseException) -> str | None:
 
 
 def attempt(make: Callable[[], Callable[..., Any] | Form]) -> Callable[..., Any] | Form | str:
-    """What ``make`` returns, or why a peer's package cannot be imported: the other forms run all the same."""
+    """What ``make`` returns, or why a peer cannot be made: the other forms run all the same."""
     try:
         return make()
-    except ImportError as failure:
+    except FAILURES as failure:
         return not_installed(failure) or f"fails: {reason_of(failure)}"
 
 

@@ -142,7 +142,8 @@ def commit() -> str:
 class ResultFile:
     """The file of one benchmark on one device: read if it is there, written after each case.
 
-    Several runs may write one file at the same time, each its own cases: what is there is read again before each writing.
+    Several runs may write one file at the same time, each its own cases (not on Windows): what is there is read again before each
+    writing. The ceilings are those of the last run.
 
     Args:
         path: Its place.

@@ -55,8 +55,8 @@ def names_of(kind: str) -> list[str]:
     return sorted(path.stem for path in (Path(__file__).parent / kind).glob("[a-z]*.py"))
 
 
-def modules_of(chosen: Sequence[str]) -> dict[str, ModuleType]:
-    """Benchmarks by name; ``chosen`` are kinds, names or "all"."""
+def modules_of(chosen: Sequence[str], failed: list[str] | None = None) -> dict[str, ModuleType]:
+    """Benchmarks by name; ``chosen`` are kinds, names or "all". One that cannot be imported is named in ``failed``, or raises."""
     of_kind = {kind: names_of(kind) for kind in KINDS}
     homes = {name: kind for kind, names in of_kind.items() for name in names}
     wanted: list[str] = []
@@ -73,8 +73,13 @@ def modules_of(chosen: Sequence[str]) -> dict[str, ModuleType]:
         except ImportError as failure:
             lacks = not_installed(failure)
             if lacks is None:
-                raise
-            print(f"{name}: not run: {lacks}", file=sys.stderr)  # a bare machine has the repository and PyTorch alone
+                if failed is None:
+                    raise
+                failed.append(name)
+            said = (
+                f"not run: {lacks}" if lacks else f"FAILED: {reason_of(failure)}"
+            )  # a bare machine has the repository and PyTorch
+            print(f"{name}: {said}", file=sys.stderr)
     return modules
 
 
@@ -110,7 +115,8 @@ def main() -> int:
     turn, parts = (int(number) for number in options.part.split("/"))
     if not 1 <= turn <= parts:
         raise SystemExit(f"--part must be I/N with I from 1 to N, got {options.part}")
-    modules = modules_of(options.what)
+    broken: list[str] = []
+    modules = modules_of(options.what, broken)
     pieces = [
         piece for piece in pieces_of(modules, options.device, quick=options.quick) if not options.case or piece.case in options.case
     ]
@@ -131,7 +137,8 @@ def main() -> int:
             raise SystemExit("--cpu-time is for the CPU with --threads 1: threads that wait for each other use CPU time too")
         CPUTimer.now = staticmethod(time.process_time)
     minutes = options.minutes if options.minutes is not None or parts == 1 else 7.0
-    return run(pieces, options, deadline=None if minutes is None else time.monotonic() + 60 * minutes)
+    code = run(pieces, options, deadline=None if minutes is None else time.monotonic() + 60 * minutes)
+    return 1 if broken else code
 
 
 def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | None) -> int:
@@ -140,7 +147,7 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
     ceilings = measure_ceilings(device)
     print("ceilings: " + ", ".join(f"{name} {value:.3g}" for name, value in ceilings.items()), flush=True)
     files: dict[str, ResultFile] = {}
-    failed = left = 0
+    failed, left = 0, []
     for piece in pieces:
         if not options.quick and piece.what not in files:
             path = options.out / f"{piece.what}--{device_name(device)}.json"
@@ -151,7 +158,7 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
         if not options.quick and not options.again and files[piece.what].has(piece.case, piece.dtype):
             continue
         if deadline is not None and time.monotonic() > deadline:
-            left += 1
+            left.append(piece)
             continue
         start = time.monotonic()
         try:
@@ -175,7 +182,8 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
             files[piece.what].add(groups)
         show(piece, groups, time.monotonic() - start)
     if left:
-        print(f"{left} cases are left; the same command goes on with them")
+        how = "--again begins anew, so name them with --case" if options.again else "the same command goes on with them"
+        print(f"left, {how}: {'; '.join(f'{piece.what}: {piece.case}, {piece.dtype}' for piece in left)}")
     return 1 if failed else UNFINISHED if left else 0
 
 

@@ -126,7 +126,9 @@ def needs_gone(*args, **inputs):
 @pytest.mark.parametrize("changes", [{"forms": lambda device: {"gresbox": needs_gone}}, {"make_inputs": needs_gone}])
 def test_what_ours_needs_and_is_not_there_is_no_failure(changes, tmp_path, monkeypatch, capsys):
     run_square(monkeypatch, tmp_path)
-    monkeypatch.setattr(program, "modules_of", lambda words: {"lacking": square_module(**changes), "square": square_module()})
+    monkeypatch.setattr(
+        program, "modules_of", lambda words, failed: {"lacking": square_module(**changes), "square": square_module()}
+    )
     assert program.main() == 0
     assert capsys.readouterr().err == "lacking: small, float32: not run: no_such_package is not installed\n"
     assert [path.name for path in tmp_path.iterdir()] == ["square--cpu.json"]
@@ -135,7 +137,7 @@ def test_what_ours_needs_and_is_not_there_is_no_failure(changes, tmp_path, monke
 def test_what_ours_does_wrong_is_a_failure_and_the_others_run(tmp_path, monkeypatch, capsys):
     run_square(monkeypatch, tmp_path)
     broken = with_forms(gresbox=lambda x: x.no_such_method())
-    monkeypatch.setattr(program, "modules_of", lambda words: {"broken": broken, "square": square_module()})
+    monkeypatch.setattr(program, "modules_of", lambda words, failed: {"broken": broken, "square": square_module()})
     assert program.main() == 1
     assert "broken: small, float32: FAILED: square, small: gresbox fails: 'Tensor' object" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["square--cpu.json"]
@@ -150,6 +152,13 @@ def test_a_benchmark_that_cannot_be_imported_is_named(monkeypatch, capsys):
     monkeypatch.setattr(program.importlib, "import_module", lacking)
     assert list(program.modules_of(["boxes", "assignment"])) == ["assignment"]
     assert capsys.readouterr().err == "boxes: not run: no_such_package is not installed\n"
+    monkeypatch.setattr(program.importlib, "import_module", lambda name: __import__("gresbox.no_such_module"))
+    failed: list[str] = []
+    assert program.modules_of(["boxes"], failed) == {}
+    assert failed == ["boxes"]
+    assert "boxes: FAILED: No module named 'gresbox.no_such_module'" in capsys.readouterr().err
+    with pytest.raises(ImportError):
+        program.modules_of(["boxes"])
 
 
 def test_only_the_peers_that_are_asked_for():
@@ -230,7 +239,7 @@ def text_of_file(tmp_path_factory):
 
 
 def run_square(monkeypatch, folder, *arguments):
-    monkeypatch.setattr(program, "modules_of", lambda words: {"square": square_module()})
+    monkeypatch.setattr(program, "modules_of", lambda words, failed: {"square": square_module()})
     monkeypatch.setattr(program, "measure_ceilings", lambda device: CEILINGS)
     monkeypatch.setattr(sys, "argv", ["run", "square", "--out", str(folder), "--seconds", "0", *arguments])
 
@@ -265,7 +274,7 @@ def test_the_program_writes_resumes_and_refuses_what_was_measured_elsewhere(meas
 def test_the_program_stops_in_time_and_says_what_is_left(measured, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--again", "--minutes", "-1"])
     assert program.main() == program.UNFINISHED
-    assert "1 cases are left" in capsys.readouterr().out
+    assert "left, --again begins anew, so name them with --case: square: small, float32" in capsys.readouterr().out
 
 
 def test_parts_share_the_cases(monkeypatch, capsys):
@@ -284,7 +293,9 @@ def run_parts(monkeypatch, folder, *arguments):
     """The program on a benchmark of four cases."""
     cases = {name: {"N": 8} for name in "abcd"}
     run_square(monkeypatch, folder, *arguments)
-    monkeypatch.setattr(program, "modules_of", lambda words: {"square": square_module(CASES=cases, ON={"cpu": tuple(cases)})})
+    monkeypatch.setattr(
+        program, "modules_of", lambda words, failed: {"square": square_module(CASES=cases, ON={"cpu": tuple(cases)})}
+    )
     return program.main()
 
 
@@ -296,7 +307,7 @@ def test_parts_go_into_one_folder_and_go_on(tmp_path, monkeypatch, capsys):
     assert run_parts(monkeypatch, tmp_path, "--part", "1/2") == 0
     assert cases_in(tmp_path) == ["a", "c"]
     assert run_parts(monkeypatch, tmp_path, "--part", "2/2", "--minutes", "-1") == program.UNFINISHED
-    assert "2 cases are left" in capsys.readouterr().out
+    assert "left, the same command goes on with them: square: b, float32; square: d, float32" in capsys.readouterr().out
     assert run_parts(monkeypatch, tmp_path, "--part", "2/2", "--case", "b") == 0  # cut off after its first case
     assert run_parts(monkeypatch, tmp_path, "--part", "2/2") == 0
     assert capsys.readouterr().out.count("square: d, float32") == 1

@@ -86,5 +86,5 @@ def cost(case: dict[str, int], itemsize: int, direction: str) -> Cost:
 
 NOTES = (
     "A kernel of our own would have to beat `scaled_dot_product_attention` by 1.3x to be worth it; there is none. On the "
-    "CPU small maps, and with gradients larger ones, take a form that stores the affinities once."
+    "CPU small maps, and with gradients larger ones, take a form that keeps the probabilities and nothing else of that size."
 )
