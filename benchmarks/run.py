@@ -76,9 +76,7 @@ def modules_of(chosen: Sequence[str], failed: list[str] | None = None) -> dict[s
                 if failed is None:
                     raise
                 failed.append(name)
-            said = (
-                f"not run: {lacks}" if lacks else f"FAILED: {reason_of(failure)}"
-            )  # a bare machine has the repository and PyTorch
+            said = f"not run: {lacks}" if lacks else f"FAILED: {reason_of(failure)}"
             print(f"{name}: {said}", file=sys.stderr)
     return modules
 

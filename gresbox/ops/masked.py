@@ -14,7 +14,7 @@ from gresbox.ops._precision import accumulation_dtype, no_autocast
 
 __all__ = ["masked_attention"]
 
-_FEW, _MANY = 2**19, 2**23  # affinities: up to which a CPU is faster when it stores them, without and with gradients
+_FEW, _MANY = 2**19, 2**23  # probabilities: up to which a CPU is faster when it keeps them, without and with gradients
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_logits: Tensor) -> Tensor:
@@ -60,20 +60,20 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask_logits: Ten
     allowed = inside | ~inside.any(-1, keepdim=True)  # an empty mask blocks nothing
     with no_autocast(query):
         key, value = key.to(query.dtype), value.to(query.dtype)
-        if _worth_storing(query, key, value):
-            return _StoredAttention.apply(query, key, value, ~allowed[:, None])
+        if _worth_keeping(query, key, value):
+            return _KeptAttention.apply(query, key, value, ~allowed[:, None])
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed[:, None])
 
 
-def _worth_storing(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the form that keeps its affinities is the faster one."""
+def _worth_keeping(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the form that keeps its probabilities is the faster one."""
     if query.device.type != "cpu" or query.dtype not in (torch.float32, torch.float64) or torch.compiler.is_exporting():
         return False
     trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return query.numel() // max(query.shape[-1], 1) * key.shape[2] <= (_MANY if trained else _FEW)
 
 
-class _StoredAttention(torch.autograd.Function):
+class _KeptAttention(torch.autograd.Function):
     """The equation as printed, with its probabilities kept; their gradient is written over by that of the affinities."""
 
     @staticmethod

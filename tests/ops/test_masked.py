@@ -11,10 +11,10 @@ from gresbox.ops import masked, masked_attention
 from gresbox.testing import assert_matches_reference
 
 
-@pytest.fixture(params=["affinities stored", "PyTorch's attention"], autouse=True)
+@pytest.fixture(params=["probabilities kept", "PyTorch's attention"], autouse=True)
 def form(request, monkeypatch):
     for name in ("_FEW", "_MANY"):
-        monkeypatch.setattr(masked, name, 2**40 if request.param == "affinities stored" else -1)
+        monkeypatch.setattr(masked, name, 2**40 if request.param == "probabilities kept" else -1)
 
 
 def _by_hand(query, key, value, mask_logits):
@@ -74,11 +74,11 @@ def test_a_backward_pass_under_autocast_is_not_lowered():
 def test_the_form_follows_from_size_and_gradients(monkeypatch):
     monkeypatch.undo()
     query, key = torch.randn(1, 8, 100, 32), torch.randn(1, 8, 3600, 32)
-    assert masked._worth_storing(query, key[:, :, :400], key)
-    assert not masked._worth_storing(query, key, key)
-    assert masked._worth_storing(query.clone().requires_grad_(), key, key)
-    assert not masked._worth_storing(query.expand(8, -1, -1, -1), key.expand(8, -1, -1, -1), key.clone().requires_grad_())
-    assert not masked._worth_storing(query[:, :, :1].half(), key, key)
+    assert masked._worth_keeping(query, key[:, :, :400], key)
+    assert not masked._worth_keeping(query, key, key)
+    assert masked._worth_keeping(query.clone().requires_grad_(), key, key)
+    assert not masked._worth_keeping(query.expand(8, -1, -1, -1), key.expand(8, -1, -1, -1), key.clone().requires_grad_())
+    assert not masked._worth_keeping(query[:, :, :1].half(), key, key)
 
 
 def test_an_image_of_empty_masks_equals_no_mask():
