@@ -16,6 +16,7 @@ from benchmarks.results import File, Group
 Files = dict[tuple[str, str], File]
 OURS = "gresbox"
 COLOURS = {"forward": "#1f77b4", "backward": "#9ecae1", "forward+backward": "#ff7f0e"}
+MARKERS = "os^D"  # one for each turn through the colours
 METADATA = {"Software": None}  # the same picture from the same numbers
 
 
@@ -58,8 +59,6 @@ def _ratios(groups: list[tuple[str, Group, dict[str, float]]], device: str) -> A
         axes.barh(place, ratio["ratio"] - 1, left=1, color=COLOURS[direction], height=0.75)
         axes.plot([ratio["low"], ratio["high"]], [place, place], color="black", linewidth=0.8)
     _finish(axes, [label for label, _, _ in bars], f"peer's time over ours on {device}; right of 1 ours is faster")
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in ("forward", "forward+backward")]
-    axes.legend(handles, ["forward", "forward+backward"], loc="lower right", fontsize=7)
     return figure
 
 
@@ -93,6 +92,8 @@ def _finish(axes: Any, labels: list[str], title: str) -> None:
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.set_title(title, fontsize=9)
     axes.grid(axis="x", linewidth=0.3)
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLOURS[name]) for name in ("forward", "forward+backward")]
+    axes.legend(handles, ["forward", "forward+backward"], loc="lower right", fontsize=7)
 
 
 def _roofline(groups: list[tuple[str, Group, dict[str, float]]], device: str) -> Any:
@@ -113,15 +114,17 @@ def _roofline(groups: list[tuple[str, Group, dict[str, float]]], device: str) ->
         return None
     ceilings = groups[-1][2]
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    intensities = sorted({0.1, 1000.0, *(point[2] for point in points)})
-    for name, rate in ceilings.items():
-        if name.startswith("matmul"):
-            roof = [min(rate, intensity * ceilings["copy_bytes"]) for intensity in intensities]
-            axes.plot(intensities, roof, linewidth=0.9, label=name.removeprefix("matmul_").removesuffix("_flops"))
-    names = list(dict.fromkeys(point[0] for point in points))
-    for name in names:
-        mine = [point for point in points if point[0] == name]
-        axes.scatter([point[2] for point in mine], [point[3] for point in mine], s=18, label=name)
+    ends = {0.1, 1000.0, *(point[2] for point in points)}
+    roofs = [(name, rate) for name, rate in ceilings.items() if name.startswith("matmul")]
+    for (name, rate), dashes in zip(roofs, ("-", "--", ":"), strict=False):
+        label, corner = name.removeprefix("matmul_").removesuffix("_flops"), rate / ceilings["copy_bytes"]
+        reach = [min(ends), corner, max(*ends, corner)]
+        roof = [min(rate, intensity * ceilings["copy_bytes"]) for intensity in reach]
+        axes.plot(reach, roof, linewidth=0.9, color="0.3", linestyle=dashes, label=label)
+    for turn, name in enumerate(dict.fromkeys(point[0] for point in points)):
+        mine = [point[2:] for point in points if point[0] == name]
+        look: dict[str, Any] = {"marker": MARKERS[turn // 10 % len(MARKERS)], "color": f"C{turn % 10}"}
+        axes.scatter(*zip(*mine, strict=True), s=18, label=name, **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("least work over least traffic, operations per byte", fontsize=8)

@@ -179,17 +179,17 @@ def plot_losses(history: Sequence[Mapping[str, Any]], path: str | Path | None = 
     scores = _series([entry for entry in history if entry.get("kind") == "evaluation"], lambda name: "loss" not in name)
     figure = _new_figure("plot_losses", 11.0 if scores else 6.0, 4.0)
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
-    for colour, (name, (steps, values)) in zip(_cycle(len(losses)), losses.items(), strict=True):
+    for (colour, dashes), (name, (steps, values)) in zip(_cycle(len(losses)), losses.items(), strict=True):
         smooth = _running_mean(values, max(1, len(values) // 25))
         axes[0].plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-        axes[0].plot(steps, smooth, color=colour, linewidth=2.2 if name == "loss" else 1.4, label=name)
+        axes[0].plot(steps, smooth, color=colour, linestyle=dashes, linewidth=2.2 if name == "loss" else 1.4, label=name)
     positive = [value for _, values in losses.values() for value in values]
     if min(positive) > 0 and max(positive) > 10 * min(positive):
         axes[0].set_yscale("log")
     _label_axes(axes[0], "loss")
     if scores:
-        for colour, (name, (steps, values)) in zip(_cycle(len(scores)), scores.items(), strict=True):
-            axes[1].plot(steps, values, color=colour, marker="o", markersize=3, label=name)
+        for (colour, dashes), (name, (steps, values)) in zip(_cycle(len(scores)), scores.items(), strict=True):
+            axes[1].plot(steps, values, color=colour, linestyle=dashes, marker="o", markersize=3, label=name)
         axes[1].set_ylim(-2, 102)
         _label_axes(axes[1], "percent")
     return _finish("plot_losses", figure, path)
@@ -330,8 +330,10 @@ def _running_mean(values: list[float], window: int) -> list[float]:
     return [sum(values[max(0, end - window) : end]) / min(end, window) for end in range(1, len(values) + 1)]
 
 
-def _cycle(count: int) -> list[tuple[float, ...]]:
-    return [tuple(part / 255 for part in colour) for colour in islice(cycle(COLOURS[4:] + COLOURS[:4]), count)]
+def _cycle(count: int) -> list[tuple[tuple[float, ...], str]]:
+    """Colours and line styles; a colour that comes again is dashed."""
+    looks = [(colour, dashes) for dashes in ("-", "--", ":") for colour in COLOURS[4:] + COLOURS[:4]]
+    return [(tuple(part / 255 for part in colour), dashes) for colour, dashes in islice(cycle(looks), count)]
 
 
 def _label_axes(ax: Axes, ylabel: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gresbox.structures import GresPrediction, GresSample, GresTarget
-from gresbox.viz import COLOURS, draw_prediction, overlay, plot_losses, prediction_grid
+from gresbox.viz import COLOURS, _cycle, draw_prediction, overlay, plot_losses, prediction_grid
 
 SIZE = (24, 32)
 
@@ -151,3 +151,7 @@ def test_a_missing_matplotlib_names_the_extra(monkeypatch):
 def test_importing_viz_imports_neither_matplotlib_nor_pil():
     code = "import sys, gresbox.viz; print([n for n in ('matplotlib', 'PIL', 'torchvision') if n in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_no_two_curves_look_alike():
+    assert len(set(_cycle(2 * len(COLOURS) + 1))) == 2 * len(COLOURS) + 1
