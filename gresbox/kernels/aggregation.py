@@ -252,7 +252,7 @@ _PROGRAMS = 512  # about as many as fill a large GPU twice; the number of partia
 # By bytes per number of the matrix product's operands.
 _MERGE = {
     "sm_80": {2: _Tile(128, 128, 64, 3), 4: _Tile(64, 64, 16, 2)},
-    "sm_90": {2: _Tile(128, 128, 64, 3), 4: _Tile(64, 64, 32, 2)},
+    "sm_90": {2: _Tile(128, 128, 64, 3), 4: _Tile(64, 64, 16, 3)},
     "gfx942": {2: _Tile(128, 64, 64, 2), 4: _Tile(64, 64, 16, 2)},
 }
 _TO_PIXELS = {

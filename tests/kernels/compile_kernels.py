@@ -50,7 +50,8 @@ def resources(binary: Any, arch: str) -> dict[str, int]:
         def value(name: str) -> int:
             return int(re.search(rf"\.{name}: +(\d+)", text)[1])
 
-        spills = value("vgpr_spill_count") + value("sgpr_spill_count")
+        # What goes to memory; scalars that found no place are kept in lanes of a vector register.
+        spills = value("vgpr_spill_count") + value("private_segment_fixed_size")
         return {**found, "registers": value("vgpr_count"), "spills": spills, "matrix": len(re.findall(r"v_mfma", text))}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")

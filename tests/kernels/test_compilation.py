@@ -82,7 +82,7 @@ def update(name: str, found: dict[str, dict[str, dict]], everything: bool) -> No
             limit = {"registers": min(roomy, 255 if arch != "gfx942" else 512)}
             limit |= {"shared": -(-needs["shared"] // 4096) * 4096, "spills": needs["spills"], "matrix": needs["matrix"] > 0}
             reason = before.get(label, {}).get("reason")
-            entries[label] = limit | ({"reason": reason} if reason else {})
+            entries[label] = limit | ({"reason": reason} if reason and needs["spills"] else {})
         known[name][arch] = entries
     BUDGET.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
