@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from gresbox._checks import check_range
@@ -116,17 +117,34 @@ class CapturedStep:
         device = arguments[0].device
         if device.type != "cuda":
             raise RuntimeError(f"capture_step: CUDA graphs need a CUDA device, got a model on {device}.")
-        half = _SecondHalf(self.model, self.criterion, self.autocast)  # a new one: recording replaces its forward
+        function, parameters = _with_own_leaves(_SecondHalf(self.model, self.criterion, self.autocast))
         sample = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in arguments)
-        graphed: Any = torch.cuda.make_graphed_callables(half, sample, allow_unused_input=True)
-        return graphed
+        leaves = tuple(parameter.detach().requires_grad_(parameter.requires_grad) for parameter in parameters)
+        graphed: Any = torch.cuda.make_graphed_callables(function, sample + leaves, allow_unused_input=True)
+        return lambda *given: graphed(*given, *parameters)
 
     def __repr__(self) -> str:
         return f"CapturedStep(most={self.most}, max_tokens={self.max_tokens})"
 
 
+def _with_own_leaves(half: nn.Module) -> tuple[Callable[..., dict[str, Tensor]], tuple[nn.Parameter, ...]]:
+    """A module as a function of its inputs and, after them, of its parameters; and these.
+
+    A recording must not meet the parameters themselves: while losses of an earlier step are alive, autograd waits in its backward
+    pass for the stream that they were computed on, which no capture allows. It is given leaves on the same memory instead.
+    """
+    named = dict(half.named_parameters())
+
+    def function(*given: Tensor) -> dict[str, Tensor]:
+        inputs, leaves = given[: len(given) - len(named)], given[len(given) - len(named) :]
+        losses: dict[str, Tensor] = functional_call(half, dict(zip(named, leaves, strict=True)), inputs)
+        return losses
+
+    return function, tuple(named.values())
+
+
 class _SecondHalf(nn.Module):
-    """``answer`` and criterion as a function of tensors alone; its parameters are those that ``answer`` reads."""
+    """``answer`` and criterion as a function of tensors alone."""
 
     def __init__(self, model: nn.Module, criterion: nn.Module, autocast: torch.dtype | None) -> None:
         super().__init__()

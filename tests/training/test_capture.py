@@ -9,7 +9,7 @@ from gresbox.matchers import HungarianInstanceMatcher
 from gresbox.models import create_model
 from gresbox.structures import GresOutput, GresTarget, InstancePrediction, PaddedTargets
 from gresbox.training import CapturedStep, capture_step
-from gresbox.training.capture import _SecondHalf
+from gresbox.training.capture import _SecondHalf, _with_own_leaves
 
 COUNTS = ([2, 1], [0, 3], [0, 0], [4, 4])
 
@@ -84,7 +84,37 @@ def test_packing_keeps_everything():
 
 def recorded_plainly(self, arguments):
     """What a recording stands for, without a graph."""
-    return _SecondHalf(self.model, self.criterion, self.autocast)
+    function, parameters = _with_own_leaves(_SecondHalf(self.model, self.criterion, self.autocast))
+    return lambda *given: function(*given, *parameters)
+
+
+def leaves_of(value):
+    """The nodes at which autograd adds up gradients."""
+    found, ahead, seen = set(), [value.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.add(node)
+        ahead += [child for child, _ in node.next_functions]
+    return found
+
+
+def test_a_recording_has_leaves_of_its_own_on_the_parameters_memory():
+    half = torch.nn.Linear(3, 2)
+    function, parameters = _with_own_leaves(half)
+    leaves = [parameter.detach().requires_grad_() for parameter in parameters]
+    earlier, inputs = half(torch.randn(4, 3)), torch.randn(4, 3)  # its graph lives on
+    with torch.no_grad():
+        half.weight += 1  # an optimiser's step
+    recorded, wanted = function(inputs, *leaves), half(inputs)
+    assert torch.equal(recorded, wanted)
+    assert leaves_of(wanted) & leaves_of(earlier)
+    assert not leaves_of(recorded) & leaves_of(earlier)
+    ours, theirs = torch.autograd.grad(recorded.sum(), leaves), torch.autograd.grad(wanted.sum(), parameters)
+    assert all(map(torch.equal, ours, theirs))
 
 
 def tiny_batch(model, size):
