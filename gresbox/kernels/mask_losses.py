@@ -18,6 +18,7 @@ All sums run in a fixed order, and the ranges depend on sizes alone: the same in
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -373,13 +374,27 @@ def differentiate(
     dtype = torch.float32 if inputs.widen else rows.dtype
     grad_masks = rows.new_empty((batch, count, area), dtype=dtype)
     grad_bce, grad_dice = (grad.contiguous() for grad in grads)
+    scale = _scale_of(grad_bce, grad_dice, area) if dtype == torch.float16 and count * area else None
+    if scale is not None:
+        grad_bce, grad_dice = grad_bce * scale, grad_dice * scale
     _prepare_gradient(architecture(rows), inputs, grad_bce, grad_dice, sums, grad_masks).run()
-    grad_rows = grad_pixels = None
-    if needs[0]:
-        grad_rows = torch.bmm(grad_masks, inputs.pixels.to(dtype).mT).to(rows.dtype).view(rows.shape)
-    if needs[1]:
-        grad_pixels = torch.bmm(inputs.rows.to(dtype).mT, grad_masks).to(pixels.dtype).view(pixels.shape)
+
+    def gradient(product: Tensor, leaf: Tensor) -> Tensor:
+        return (product if scale is None else product / scale).to(leaf.dtype).view(leaf.shape)
+
+    grad_rows = gradient(torch.bmm(grad_masks, inputs.pixels.to(dtype).mT), rows) if needs[0] else None
+    grad_pixels = gradient(torch.bmm(inputs.rows.to(dtype).mT, grad_masks), pixels) if needs[1] else None
     return grad_rows, grad_pixels
+
+
+def _scale_of(grad_bce: Tensor, grad_dice: Tensor, area: int) -> Tensor:
+    """A power of two for the gradients of losses, so that float16 keeps the digits of the logits', thousands of times smaller.
+
+    A loss shares its gradient out among ``area`` pixels. With at most 1 for each, and at most 2^10 for all of them, products with
+    pixels and rows below 32 stay within float16.
+    """
+    largest = torch.maximum(grad_bce.abs().amax(), grad_dice.abs().amax())
+    return torch.exp2(torch.floor(min(10.0, math.log2(area)) - torch.log2(largest))).clamp(2.0**-60, 2.0**60)
 
 
 def compilations(arch: str) -> dict[str, Launch]:
