@@ -18,7 +18,7 @@ def both(valid=None, **options):
 
 @pytest.mark.parametrize("detached", [False, True])
 @pytest.mark.parametrize(
-    ("batch", "count", "length", "dim"), [(2, 1, 1, 1), (1, 37, 5, 70), (2, 40, 20, 33), (1, 5, 33, 64), (1, 2, 128, 9)]
+    ("batch", "count", "length", "dim"), [(2, 1, 1, 2), (1, 37, 5, 70), (2, 40, 20, 33), (1, 5, 33, 64), (1, 2, 128, 9)]
 )
 def test_odd_sizes(launched, batch, count, length, dim, detached):
     valid = torch.rand(batch, length) > 0.3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.ops.aggregation import keep_from_zero
 from gresbox.ops import aggregate_queries
 from gresbox.testing import assert_matches_reference
 
@@ -30,6 +31,7 @@ def test_a_mistake_is_caught(is_caught, old, new):
 
 def gpu_case(batch, count, dim, side, per_query):
     queries, pixels = torch.randn(batch, count, dim, device="cuda") / 16, torch.randn(batch, dim, side, side, device="cuda")
+    keep_from_zero(queries, pixels)
     return [queries, pixels, torch.rand(batch, count, device="cuda"), torch.rand(count if per_query else (), device="cuda")]
 
 

@@ -36,8 +36,11 @@ def test_a_mistake_is_caught(is_caught, old, new, select):
 
 
 def on_device(batch, queries, dtype, channels=32, points=4):
+    """Points within and around the picture, but for pixels' centres: the gradient jumps there, and rounding would decide how."""
     value = torch.randn(batch, 4725, 8, channels, device="cuda").to(dtype)
-    locations = torch.rand(batch, queries, 8, 3, points, 2, device="cuda") * 1.2 - 0.1
+    sizes = torch.tensor(SHAPES, device="cuda")[:, None].flip(-1)
+    places = (torch.rand(batch, queries, 8, 3, points, 2, device="cuda") * 1.2 - 0.1) * sizes - 0.5
+    locations = (places.floor() + (places - places.floor()).clamp(0.01, 0.99) + 0.5) / sizes
     return [x.requires_grad_() for x in (value, locations, torch.randn(locations.shape[:-1], device="cuda"))]
 
 
@@ -70,13 +73,14 @@ def test_on_a_gpu_nothing_waits_and_steps_are_captured():
         out = deformable_attention(leaves[0], SHAPES, *leaves[1:], softmax=True)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
-    want = step()
+    want = [value.detach() for value in step()]  # no graph of another stream may live on in a capture
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         step()
     torch.cuda.current_stream().wait_stream(side)
