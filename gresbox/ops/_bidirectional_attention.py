@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gresbox.ops._first_order import refuse_second_of
 from gresbox.ops._register import Forms, define_op
 
 __all__ = ["allowed_tokens", "attend_both", "attend_op", "kernel_refusal"]
@@ -37,7 +38,8 @@ def attend_both(
 ) -> tuple[Tensor, Tensor]:
     """Both directions by PyTorch's attention; zeros where there is nothing to attend to."""
     objects = F.scaled_dot_product_attention(object_query, token_key, token_value, attn_mask=allowed)
-    return objects, F.scaled_dot_product_attention(token_query, object_key, object_value)
+    tokens = F.scaled_dot_product_attention(token_query, object_key, object_value)
+    return refuse_second_of("cross_attend_both", objects), refuse_second_of("cross_attend_both", tokens)
 
 
 def kernel_refusal(object_query: Tensor, token_key: Tensor, *rest: Any) -> str | None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gresbox.ops._first_order import first_order
+
 __all__ = ["attend_corners", "corner_gradients", "value_gradient"]
 
 _Shapes = Sequence[tuple[int, int]]
@@ -64,6 +66,8 @@ def attend_corners(value: Tensor, shapes: _Shapes, locations: Tensor, weights: T
 class _Attend(torch.autograd.Function):
     """Saves its inputs only; the backward pass finds the corners again."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(value: Tensor, locations: Tensor, weights: Tensor, shapes: _Shapes) -> Tensor:
         return _attend(value, locations, weights, shapes)
@@ -74,26 +78,10 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(value, locations, weights)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        differentiate = _Gradients.apply if torch.is_grad_enabled() else corner_gradients
-        value, locations, weights = ctx.saved_tensors
-        return *differentiate(grad, value, ctx.shapes, locations, weights, ctx.needs_input_grad[:3]), None
-
-
-class _Gradients(torch.autograd.Function):
-    """The same gradients where somebody may want theirs: without it a second derivative would be missing in silence."""
-
-    @staticmethod
-    def forward(grad: Tensor, value: Tensor, shapes: _Shapes, locations: Tensor, weights: Tensor, needs: Sequence[bool]) -> Any:
-        return corner_gradients(grad, value, shapes, locations, weights, needs)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError("deformable_attention: the gradient has no gradient of its own.")
+    @first_order("deformable_attention")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        value, locations, weights = saved
+        return *corner_gradients(grad, value, ctx.shapes, locations, weights, ctx.needs_input_grad[:3]), None
 
 
 def _attend(value: Tensor, locations: Tensor, weights: Tensor, shapes: _Shapes) -> Tensor:

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from gresbox.ops._first_order import first_order
 from gresbox.ops._precision import no_autocast
 from gresbox.ops._register import Forms, define_op
 
-__all__ = ["GramAlignment", "align_op", "cosine_of", "kernel_refusal", "relevance_of", "where_spoken", "without_padding"]
+__all__ = ["align_by_products", "align_op", "cosine_of", "kernel_refusal", "relevance_of", "where_spoken", "without_padding"]
 
 MOST_TOKENS = 128  # that the kernel takes
 ZERO_LENGTH = 1e-16  # squared length under which a vector has no direction
@@ -115,31 +115,43 @@ class _Gram:
         return grad_query, (to_gram @ token).baddbmm_(to_logits, self.query)
 
 
-class GramAlignment(torch.autograd.Function):
+class _GramAlignment(torch.autograd.Function):
     """Distances and relevance; the gradient makes one tensor of the queries' size where autograd's would make four."""
 
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, token: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:
-        found = _Gram.of(query, token, real)
-        kept = (found.logits, found.relevance, found.along, found.product, found.squared_query, found.squared_phrase)
-        ctx.save_for_backward(query, token, real, *kept)
-        ctx.detached = detached
-        ctx.set_materialize_grads(False)
-        relevance = found.by_query()
-        if detached:
-            ctx.mark_non_differentiable(relevance)
-        return found.loss(real), relevance
+    generate_vmap_rule = True
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor | None, grad_relevance: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(query: Tensor, token: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, ...]:
+        """The two results, and what the gradient reads."""
+        found = _Gram.of(query, token, real)
+        kept = (found.logits, found.relevance, found.along, found.product, found.squared_query, found.squared_phrase)
+        return found.loss(real), found.by_query(), *kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, token, real, ctx.detached = inputs
+        _, relevance, *kept = output
+        ctx.save_for_backward(query, token, real, *kept)
+        ctx.mark_non_differentiable(*kept, *([relevance] if ctx.detached else []))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_order("align_phrases")
+    def backward(
+        ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor | None, grad_relevance: Tensor | None, *others: None
+    ) -> tuple[Tensor | None, ...]:
         """Gradients of queries and tokens from those of loss and relevance."""
-        query, token, real, *kept = ctx.saved_tensors
+        query, token, real, *kept = saved
         found = _Gram(query, token, *kept)
         if grad_loss is None:
             grad_loss = torch.zeros_like(found.product)
         with no_autocast(query):
             return *found.gradients(grad_loss, grad_relevance, real, ctx.detached), None, None
+
+
+def align_by_products(query: Tensor, token: Tensor, real: Tensor | None, detached: bool) -> tuple[Tensor, Tensor]:
+    """Distances ``(B, N)`` and relevance ``(B, N, L)``; all tensors have one dtype, float32 or float64."""
+    return _GramAlignment.apply(query, token, real, detached)[:2]
 
 
 def kernel_refusal(queries: Tensor, tokens: Tensor, *rest: Any) -> str | None:

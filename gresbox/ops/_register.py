@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gresbox.ops._backend import why_not_triton
+from gresbox.ops._first_order import second_order_refused
 
 __all__ = ["Forms", "define_op"]
 
@@ -198,6 +199,6 @@ def _filled(args: tuple[Any, ...], layout: _Layout, found: list[Tensor | None]) 
 
 def _refuse_twice(name: str) -> Callable[..., Any]:
     def refuse(ctx: Any, *grads: Tensor) -> Any:
-        raise RuntimeError(f"{name}: the gradient has no gradient of its own here; use backend='eager' for a double backward.")
+        raise second_order_refused(name)
 
     return refuse

@@ -39,8 +39,7 @@ def deformable_attention(
     .. math:: \sum_{l,k} A_{qhlk}\; v_{lh}(x_{qhlk})
 
     Paper: Zhu et al., "Deformable DETR", arXiv:2010.04159, Eq. (3), without the projections around it.
-    Differs from the paper: nothing. Bilinear between pixel centres (pixel ``x W - 0.5``), zero outside the level. No backend has a
-    double backward.
+    Differs from the paper: nothing. Bilinear between pixel centres (pixel ``x W - 0.5``), zero outside the level.
 
     Args:
         value: Features of all levels, one after the other, row by row.
@@ -48,11 +47,11 @@ def deformable_attention(
         locations: Where to sample, xy relative to each level.
         weights: Weight of each sample; the caller's softmax over levels and points, or with ``softmax`` the logits of it.
         softmax: Whether the weights are logits; the kernel then never stores their softmax.
-        backend: ``"eager"`` is ``grid_sample`` level by level; ``"triton"`` the kernel (the registered op
-            ``gresbox::deformable_attention``); ``"auto"`` the kernel on CUDA, and on the CPU ``grid_sample`` for a few queries and
-            one weighted sum over pixels for more. ``"deformops"`` is the package of that name, which needs Python 3.12 or 3.13 and
-            waits for the device. The kernel adds the values' gradient up in any order, and in a fixed one under
-            ``torch.use_deterministic_algorithms(True)``; everything else is the same bits on every run.
+        backend: ``"eager"`` is ``grid_sample`` level by level, with a double backward where PyTorch's has one; ``"triton"`` the
+            kernel (the registered op ``gresbox::deformable_attention``); ``"auto"`` the kernel on CUDA, and on the CPU
+            ``grid_sample`` for a few queries and one weighted sum over pixels for more. ``"deformops"`` is the package of that
+            name, which needs Python 3.12 or 3.13 and waits for the device. The kernel adds the values' gradient up in any order,
+            and in a fixed one under ``torch.use_deterministic_algorithms(True)``; everything else is the same bits on every run.
 
     Shape:
         - ``value``: ``(B, S, heads, D)``; ``locations``: ``(B, Q, heads, levels, points, 2)`` xy, the level is [0, 1];

@@ -8,7 +8,7 @@ from torch import Tensor
 from gresbox._checks import check_shape
 from gresbox.ops._backend import use_triton
 from gresbox.ops._gram_alignment import (
-    GramAlignment,
+    align_by_products,
     align_op,
     cosine_of,
     kernel_refusal,
@@ -78,7 +78,7 @@ def align_phrases(
             return loss, relevance.detach() if detach_relevance else relevance
         trained = torch.is_grad_enabled() and (queries.requires_grad or tokens.requires_grad)
         few = not (trained or torch.compiler.is_exporting()) and queries.numel() < FEW_VALUES
-        form = _as_printed if backend == "eager" or few else GramAlignment.apply
+        form = _as_printed if backend == "eager" or few else align_by_products
         loss, relevance = form(queries.to(dtype), tokens.to(dtype), real, detach_relevance)
     return loss.to(queries.dtype), relevance.to(queries.dtype)
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import gresbox.ops as ops
+from gresbox.ops import deformable, mask_losses, masked, object_text, point_sampling
 from gresbox.testing import assert_matches_reference
 
 VALID = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
@@ -43,6 +45,9 @@ def _boxes(count: int) -> Tensor:
 _GENERATOR = torch.Generator().manual_seed(3)
 _FACTORED = [_randn(2, 5, 6), _randn(2, 6, 4, 5), _rand(2, 5), torch.tensor(0.25)]
 _MATCHED = torch.arange(120).view(2, 3, 4, 5) % 7 < 3, torch.tensor([[[4, 0, 2], [1, -1, -1]]])
+_SAMPLED = [_randn(2, 16, 3, 4), _rand(2, 5, 3, 2, 2, 2), _rand(2, 5, 3, 2, 2)]
+_MASKED = [_randn(2, 2, 5, 4), _randn(2, 2, 6, 4), _randn(2, 2, 6, 4), _randn(2, 5, 6) - 1.5]
+_BOTH = [_randn(2, 2, 5, 3), *(_randn(2, 2, 4, 3) for _ in range(3)), *(_randn(2, 2, 5, 3) for _ in range(2))]
 CASES = {
     "align_phrases": Case(lambda q, t: ops.align_phrases(q, t, VALID), [_randn(2, 5, 8), _randn(2, 4, 8)]),
     "align_phrases eager": Case(lambda q, t: ops.align_phrases(q, t, VALID, backend="eager"), [_randn(2, 5, 8), _randn(2, 4, 8)]),
@@ -65,10 +70,9 @@ CASES = {
     "query_mask_cost": Case(
         lambda q, v: ops.query_mask_cost(q, v, torch.arange(120).view(2, 3, 4, 5) % 7 < 3, chunk=7), _FACTORED[:2]
     ),
-    "deformable_attention": Case(
-        lambda v, x, w: ops.deformable_attention(v, SHAPES, x, w),
-        [_randn(2, 16, 3, 4), _rand(2, 5, 3, 2, 2, 2), _rand(2, 5, 3, 2, 2)],
-    ),
+    "query_mask_cost eager": Case(lambda q, v: ops.query_mask_cost(q, v, _MATCHED[0], backend="eager"), _FACTORED[:2]),
+    "deformable_attention": Case(lambda v, x, w: ops.deformable_attention(v, SHAPES, x, w), _SAMPLED),
+    "deformable_attention eager": Case(lambda v, x, w: ops.deformable_attention(v, SHAPES, x, w, backend="eager"), _SAMPLED),
     "match_patches": Case(
         lambda v, t, a, b: ops.match_patches(v, t, VALID, a, b, scale=3.0),
         [_randn(2, 5, 8), _randn(2, 4, 6), _randn(8, 7), _randn(6, 7)],
@@ -77,13 +81,10 @@ CASES = {
         lambda v, t, a, b: ops.match_patches(v, t, VALID, a, b, scale=3.0, over="patches", normalize=False, backend="eager"),
         [_randn(2, 5, 8), _randn(2, 4, 6), _randn(8, 7) * 0.2, _randn(6, 7) * 0.2],
     ),
-    "masked_attention": Case(
-        ops.masked_attention, [_randn(2, 2, 5, 4), _randn(2, 2, 6, 4), _randn(2, 2, 6, 4), _randn(2, 5, 6) - 1.5]
-    ),
-    "cross_attend_both": Case(
-        lambda *a: ops.cross_attend_both(*a, VALID),
-        [_randn(2, 2, 5, 3), *(_randn(2, 2, 4, 3) for _ in range(3)), *(_randn(2, 2, 5, 3) for _ in range(2))],
-    ),
+    "masked_attention": Case(ops.masked_attention, _MASKED),
+    "masked_attention eager": Case(lambda *a: ops.masked_attention(*a, backend="eager"), _MASKED),
+    "cross_attend_both": Case(lambda *a: ops.cross_attend_both(*a, VALID), _BOTH),
+    "cross_attend_both eager": Case(lambda *a: ops.cross_attend_both(*a, VALID, backend="eager"), _BOTH),
     "point_sample": Case(ops.point_sample, [_randn(2, 3, 5, 4), _rand(2, 7, 2)]),
     "point_sample of many maps": Case(ops.point_sample, [_randn(2, 70, 5, 4), _rand(2, 7, 2)]),
     "mask_bce": Case(lambda s: ops.mask_bce(s, torch.arange(12).view(3, 4) % 2 == 0), [_randn(3, 4)]),
@@ -122,6 +123,74 @@ def test_every_op_has_a_case():
 def test_gradient_is_that_of_the_forward_pass(name):
     case = CASES[name]
     assert torch.autograd.gradcheck(lambda *x: tuple(case.run(list(x))), tuple(_leaves(case, torch.float64)))
+
+
+FORMS = {  # sizes from which an op takes another form
+    "as sized": (),
+    "as if large": (
+        (masked, "_MANY", -1),
+        (deformable, "WORTH_IT", -1_000_000),
+        (mask_losses, "_SMALL", 0),
+        (mask_losses, "_LARGE", 0),
+        (object_text, "MANY_AFFINITIES", 0),
+        (point_sampling, "_MANY_MAPS", 1),
+    ),
+}
+LACKING = "derivative for aten::grid_sampler_2d_backward is not implemented"  # PyTorch's own words, in older versions
+
+
+@BY_NAME
+@pytest.mark.parametrize("forms", FORMS)
+def test_a_second_derivative_is_right_or_refused(name, forms, monkeypatch):
+    for module, attribute, size in FORMS[forms]:
+        monkeypatch.setattr(module, attribute, size)
+    case = CASES[name]
+
+    def gradients(*leaves):  # of a constant's product, as a gradient penalty makes them: nothing comes in that has a gradient
+        outputs = case.run(list(leaves))
+        total = sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs)
+        found = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    refused = ""
+    try:
+        # Where a gradient is said to have none, it must be a constant by finite differences as well.
+        assert torch.autograd.gradcheck(gradients, tuple(_leaves(case, torch.float64)))
+    except RuntimeError as error:
+        refused = str(error)
+    hint = f"{name.split()[0]}: the gradient has no gradient of its own here; use backend='eager' for a double backward."
+    assert refused in (("", LACKING) if "eager" in name else ("", LACKING, hint))
+
+
+OUTSIDE_TORCH_FUNC = ("aggregate_queries", "query_mask_cost")  # registered ops, which PyTorch does not let through
+
+
+@BY_NAME
+def test_it_may_be_checkpointed(name):
+    case = CASES[name]
+    leaves, kept = _leaves(case), _leaves(case)
+    again = torch.utils.checkpoint.checkpoint(lambda *x: case.run(list(x)), *leaves, use_reentrant=False)
+    torch.testing.assert_close(_grads(again, leaves), _grads(case.run(kept), kept), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch's own ops without a rule for torch.func.vmap
+@BY_NAME
+def test_torch_func_takes_the_gradient_of_each_and_of_a_batch(name):
+    case = CASES[name]
+    if name.startswith(OUTSIDE_TORCH_FUNC) and "eager" not in name:
+        pytest.skip("PyTorch lets no registered op through torch.func.grad; backend='eager' goes")
+    leaves = _leaves(case, torch.float64)
+    inputs, places = [leaf.detach() for leaf in leaves], tuple(range(len(leaves)))
+
+    def total(*inputs):
+        outputs = case.run(list(inputs))
+        return sum((out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() for out in outputs)
+
+    found = torch.autograd.grad(total(*leaves), leaves, allow_unused=True, materialize_grads=True)
+    gradient = torch.func.grad(total, argnums=places)
+    torch.testing.assert_close(gradient(*inputs), found)
+    doubled = torch.func.vmap(gradient)(*(torch.stack([x * 0.9, x]) for x in inputs))
+    torch.testing.assert_close([each[1] for each in doubled], list(found))
 
 
 @BY_NAME
