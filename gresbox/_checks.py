@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from gresbox.structures import GresTarget, PaddedTargets
 
-__all__ = ["check_choice", "check_float", "check_range", "check_shape", "check_targets"]
+__all__ = ["check_choice", "check_count", "check_float", "check_float_dtype", "check_range", "check_shape", "check_targets"]
 
 
 def check_shape(who: str, /, **named: tuple[Tensor, str]) -> dict[str, int]:
@@ -73,6 +73,16 @@ def check_float(who: str, /, **named: Tensor) -> None:
             raise TypeError(f"{who}: `{argument}` must be a floating-point tensor, got {tensor.dtype}.")
 
 
+def check_float_dtype(who: str, argument: str, dtype: torch.dtype | None) -> None:
+    """Check that a dtype that is asked for is a floating-point one; None passes.
+
+    Raises:
+        TypeError: If it is not.
+    """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise TypeError(f"{who}: `{argument}` must be a floating-point dtype such as torch.float32, got {dtype!r}.")
+
+
 def check_choice(who: str, argument: str, value: object, choices: tuple[object, ...]) -> None:
     """Check that ``value`` is one of ``choices``.
 
@@ -102,6 +112,18 @@ def check_range(who: str, argument: str, value: float, low: float | None = None,
         else:
             expected = f"in [{low}, {high}]"
         raise ValueError(f"{who}: `{argument}` must be {expected}, got {value}.")
+
+
+def check_count(who: str, argument: str, value: int, low: int = 1, high: int | None = None) -> None:
+    """Check that a number is whole and lies in ``[low, high]``; ``None`` leaves that side open.
+
+    Raises:
+        TypeError: If it is no whole number.
+        ValueError: If it does not lie there.
+    """
+    if not isinstance(value, (Integral, torch.SymInt)):
+        raise TypeError(f"{who}: `{argument}` must be a whole number, got {value!r}.")
+    check_range(who, argument, value, low, high)
 
 
 def check_targets(who: str, targets: Sequence[GresTarget] | PaddedTargets, like: Tensor) -> None:

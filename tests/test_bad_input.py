@@ -46,7 +46,33 @@ def criterion() -> InstAlignCriterion:
     return InstAlignCriterion(HungarianInstanceMatcher())
 
 
+def merge(**options: object) -> torch.Tensor:
+    return ops.aggregate_queries(rand(2, 5, 8), rand(2, 8, 4, 4), rand(2, 5), **{"slope": 0.25, **options})
+
+
+def price(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.query_mask_cost(rand(2, 5, 8), rand(2, 8, 4, 4), rand(2, 3, 4, 4), **options)
+
+
+def compare(matches: torch.Tensor, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return ops.matched_mask_losses(rand(1, 2, 5, 8), rand(2, 8, 4, 4), rand(2, 3, 4, 4), matches, **options)
+
+
+def attend(shapes: object) -> torch.Tensor:
+    return ops.deformable_attention(rand(1, 20, 2, 4), shapes, rand(1, 3, 2, 2, 2, 2), rand(1, 3, 2, 2, 2))
+
+
+PAIRS = "deformable_attention: `spatial_shapes` must be a (height, width) for each level, got "
 SHAPES = {
+    "levels as one list of numbers": (lambda: attend([4, 4, 2, 2]), PAIRS + "[4, 4, 2, 2]."),
+    "levels with channels": (lambda: attend([(4, 4, 8), (2, 2, 8)]), PAIRS + "[(4, 4, 8), (2, 2, 8)]."),
+    "levels as a flat tensor": (lambda: attend(torch.tensor([4, 4, 2, 2])), PAIRS + "(4,)."),
+    "no levels": (lambda: attend(None), PAIRS + "None."),
+    "a match beyond the queries": (
+        lambda: compare(torch.full((1, 2, 3), 5)),
+        "matched_mask_losses: `matches` must be in [-1, N) with N=5, got 5 to 5.",
+    ),
+    "a match below -1": (lambda: compare(torch.full((1, 2, 3), -2)), "`matches` must be in [-1, N) with N=5, got -2 to -2."),
     "phrase channels": (lambda: ops.align_phrases(rand(2, 5, 8), rand(2, 3, 6)), "align_phrases: `tokens` must be"),
     "phrase valid": (lambda: ops.align_phrases(rand(2, 5, 8), rand(2, 3, 8), torch.ones(2, 4)), "align_phrases: `valid` must be"),
     "scores of other queries": (
@@ -132,7 +158,27 @@ VALUES = {
     ),
 }
 
+FLOATING = "`dtype` must be a floating-point dtype such as torch.float32, got "
 TYPES = {
+    "a fraction of a pixel": (lambda: merge(chunk=1.5), "aggregate_queries: `chunk` must be a whole number, got 1.5."),
+    "a fraction of a pixel in costs": (lambda: price(chunk=1.5), "query_mask_cost: `chunk` must be a whole number, got 1.5."),
+    "a fraction of a point": (
+        lambda: ops.select_points(rand(1, 4, 4), 2.5),  # type: ignore[arg-type]
+        "select_points: `num_points` must be a whole number, got 2.5.",
+    ),
+    "a fraction of a random point": (
+        lambda: ops.uncertain_points(rand(1, 4, 4), 2.5),  # type: ignore[arg-type]
+        "uncertain_points: `num_points` must be a whole number, got 2.5.",
+    ),
+    "a number as bias": (lambda: merge(bias=0.5), "aggregate_queries: `bias` must be a tensor or None, got float."),
+    "a letter as slope": (lambda: merge(slope="a"), "aggregate_queries: `slope` must be a tensor, a number or None, got str."),
+    "costs as whole numbers": (lambda: price(dtype=torch.int32), f"query_mask_cost: {FLOATING}torch.int32."),
+    "a dtype by name": (lambda: price(dtype="float32"), f"query_mask_cost: {FLOATING}'float32'."),
+    "losses as whole numbers": (
+        lambda: compare(torch.zeros(1, 2, 3, dtype=torch.int64), dtype=torch.int64),
+        f"matched_mask_losses: {FLOATING}torch.int64.",
+    ),
+    "matches as fractions": (lambda: compare(rand(1, 2, 3)), "matched_mask_losses: `matches` must be int64, got torch.float32."),
     "a word as a number": (
         lambda: overlay(PICTURE, torch.ones(40, 50, dtype=torch.bool), opacity="half"),  # type: ignore[arg-type]
         "overlay: `opacity` must be a number, got 'half'.",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox._checks import check_choice, check_range, check_shape
+from gresbox._checks import check_choice, check_count, check_shape
 from gresbox.ops._aggregation_chunks import (
     FORMS,
     KEEP_BITS,
@@ -114,7 +115,7 @@ def aggregate_queries(
           ``bias``: ``()``; returns ``(B, H, W)`` logits.
 
     Raises:
-        TypeError: If an input is not floating-point.
+        TypeError: If an input is not floating-point or ``chunk`` no whole number.
         ValueError: If a shape does not fit, or ``form`` or ``chunk`` is out of range.
         RuntimeError: If ``backend`` is not possible here.
 
@@ -129,7 +130,7 @@ def aggregate_queries(
     dtype = accumulation_dtype(who, queries=queries, pixels=pixels, scores=scores)
     check_choice(who, "form", form, FORMS)
     if chunk is not None:
-        check_range(who, "chunk", chunk, low=1)
+        check_count(who, "chunk", chunk)
     factor = _check_slope(who, slope, sizes["N"], queries.device) if form == "prelu" else None
     inputs = [tensor for tensor in (queries, pixels, scores, factor) if tensor is not None]
     kernel = use_triton(who, backend, *inputs, kernel=kernel_refusal(queries, pixels, factor, form) or True)
@@ -148,6 +149,8 @@ def _check_slope(who: str, slope: Tensor | float | None, count: int, device: tor
     """The slope as a tensor ``()`` or ``(N,)``."""
     if slope is None:
         return None
+    if not isinstance(slope, (Tensor, Real, torch.SymFloat)):
+        raise TypeError(f"{who}: `slope` must be a tensor, a number or None, got {type(slope).__name__}.")
     factor = slope if isinstance(slope, Tensor) else torch.full((), slope, device=device)
     if factor.ndim > 1 or factor.numel() not in (1, count):
         raise ValueError(f"{who}: `slope` must be () or (N,) with N={count}, got {tuple(factor.shape)}.")
@@ -157,6 +160,8 @@ def _check_slope(who: str, slope: Tensor | float | None, count: int, device: tor
 def _add_bias(who: str, merged: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return merged
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"{who}: `bias` must be a tensor or None, got {type(bias).__name__}.")
     if bias.numel() != 1:
         raise ValueError(f"{who}: `bias` must be (), got {tuple(bias.shape)}.")
     return merged + bias.reshape(())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 
 import numpy as np
@@ -215,4 +216,12 @@ def _report(bad: list[int], nan_is_large: bool, late: bool = False) -> None:
         message = f"assign: `cost` must be free of NaN and -inf ({reason}), got some in problem {bad[0]} of the batch{when}."
         raise LateError(message) if late else ValueError(message)
     found = f"NaN or -inf in {len(bad)} of the batch's problems{when}, first {bad[0]}"
-    warnings.warn(f"assign: `cost` has {found}; they count as +inf.", RuntimeWarning, stacklevel=2)
+    warnings.warn(f"assign: `cost` has {found}; they count as +inf.", RuntimeWarning, stacklevel=_callers_level())
+
+
+def _callers_level() -> int:
+    """Of the warning's frames the first one outside: how many are between depends on the backend, and PyTorch's are among them."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("gresbox", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

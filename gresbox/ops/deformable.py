@@ -76,7 +76,7 @@ def deformable_attention(
         locations=(locations, "B Q heads levels points 2"),
         weights=(weights, "B Q heads levels points"),
     )
-    shapes = [(int(height), int(width)) for height, width in spatial_shapes]
+    shapes = _as_pairs(who, spatial_shapes)
     if len(shapes) != sizes["levels"] or sum(height * width for height, width in shapes) != sizes["S"]:
         expected = f"{sizes['levels']} levels with {sizes['S']} pixels in all"
         raise ValueError(f"{who}: `spatial_shapes` must be {expected}, got {shapes}.")
@@ -93,6 +93,14 @@ def deformable_attention(
         wide = value.to(dtype), shapes, locations.to(dtype), _normalized(weights.to(dtype), softmax)
         form = attend_corners if backend == "auto" and _many_samples(value, locations) else _sample_levels
         return form(*wide).flatten(2).to(value.dtype)
+
+
+def _as_pairs(who: str, spatial_shapes: _Shapes) -> list[tuple[int, int]]:
+    try:
+        return [(int(height), int(width)) for height, width in spatial_shapes]
+    except (TypeError, ValueError) as error:
+        got = tuple(spatial_shapes.shape) if isinstance(spatial_shapes, Tensor) else repr(spatial_shapes)
+        raise ValueError(f"{who}: `spatial_shapes` must be a (height, width) for each level, got {got}.") from error
 
 
 def _normalized(weights: Tensor, softmax: bool) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox._checks import check_range, check_shape
+from gresbox._checks import check_count, check_float_dtype, check_shape
 from gresbox.ops._backend import use_triton
 from gresbox.ops._pixel_chunks import pieces_of, write_product
 from gresbox.ops._precision import accumulation_dtype, no_autocast
@@ -87,7 +87,7 @@ def query_mask_cost(
         - returns two ``(B, N, M)``; without pixels both are 0.
 
     Raises:
-        TypeError: If an input is not floating-point.
+        TypeError: If an input or ``dtype`` is not floating-point, or ``chunk`` no whole number.
         ValueError: If a shape does not fit or ``chunk`` is out of range.
         RuntimeError: If ``backend`` is not possible here.
 
@@ -101,7 +101,8 @@ def query_mask_cost(
     check_shape(who, queries=(queries, "B N C"), pixels=(pixels, "B C H W"), targets=(targets, "B M H W"))
     wide = accumulation_dtype(who, queries=queries, pixels=pixels)
     if chunk is not None:
-        check_range(who, "chunk", chunk, low=1)
+        check_count(who, "chunk", chunk)
+    check_float_dtype(who, "dtype", dtype)
     refusal = _refusal(queries, pixels, targets, 0) if backend == "triton" else None  # for "auto" the op itself asks, untraced
     use_triton(who, backend, queries, pixels, targets, kernel=refusal or True)
     truth = targets.detach()

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox._checks import check_shape
+from gresbox._checks import check_float_dtype, check_shape
 from gresbox.ops._backend import use_triton
 from gresbox.ops._matched_masks import compare_matched, kernel_refusal, targets_with_match
 from gresbox.ops._precision import accumulation_dtype, no_autocast
@@ -116,8 +116,8 @@ def matched_mask_losses(
         - returns two ``(S, B, M)``: bce and dice; 0, without gradient, where there is no match.
 
     Raises:
-        TypeError: If ``queries`` or ``pixels`` is not floating-point.
-        ValueError: If a shape does not fit.
+        TypeError: If ``queries``, ``pixels`` or ``dtype`` is not floating-point, or ``matches`` are no integers.
+        ValueError: If a shape does not fit, or on the CPU a match is out of range; on CUDA that would wait for the device.
         RuntimeError: If ``backend`` is not possible here.
 
     Example:
@@ -131,6 +131,8 @@ def matched_mask_losses(
     named = {"queries": (queries, "S B N C"), "pixels": (pixels, "B C H W")}
     check_shape(who, **named, targets=(targets, "B M H W"), matches=(matches, "S B M"))
     wide = accumulation_dtype(who, queries=queries, pixels=pixels)
+    check_float_dtype(who, "dtype", dtype)
+    _check_matches(who, matches, queries.shape[2])
     truth = targets.detach()
     by_kernel = use_triton(who, backend, queries, pixels, truth, kernel=kernel_refusal(queries, pixels, truth) or True)
     rows = _matched_rows(queries, matches)  # (S, B, M, C)
@@ -148,6 +150,20 @@ def matched_mask_losses(
     return bce.to(dtype or queries.dtype), dice.to(dtype or queries.dtype)
 
 
+def _check_matches(who: str, matches: Tensor, count: int) -> None:
+    if matches.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{who}: `matches` must be int64, got {matches.dtype}.")
+    if _has_numbers(matches) and matches.numel():
+        low, high = (bound.item() for bound in matches.aminmax())
+        if low < -1 or high >= count:
+            raise ValueError(f"{who}: `matches` must be in [-1, N) with N={count}, got {low} to {high}.")
+
+
+def _has_numbers(matches: Tensor) -> bool:
+    """Whether they can be looked at without waiting for a device."""
+    return matches.device.type == "cpu" and type(matches) is Tensor and not torch.compiler.is_compiling()
+
+
 def _matched_rows(queries: Tensor, matches: Tensor) -> Tensor:
     """The embeddings of matched queries, ``(S, B, M, C)``; zeros where there is none."""
     if queries.shape[2] == 0:
@@ -160,8 +176,7 @@ def _worth_pieces(matches: Tensor, pixels: Tensor) -> bool:
     """Whether, without a kernel, the registered op beats the definition: where that builds many masks in vain, or large ones."""
     steps, batch, most = matches.shape
     area = pixels.shape[2] * pixels.shape[3]
-    seen = pixels.device.type == "cpu" and type(matches) is Tensor and not torch.compiler.is_compiling()
-    if not seen or matches.numel() * area < _SMALL:
+    if not _has_numbers(matches) or matches.numel() * area < _SMALL:
         return False
     if steps * most * area >= _LARGE:
         return True

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox._checks import check_choice, check_range, check_shape
+from gresbox._checks import check_choice, check_count, check_range, check_shape
 from gresbox.ops._backend import use_triton
 from gresbox.ops._precision import accumulation_dtype, no_autocast, real_tokens
 
@@ -176,9 +176,7 @@ def random_projections(
     """
     who = "random_projections"
     for name, size in {"visual_dim": visual_dim, "text_dim": text_dim, "align_dim": align_dim}.items():
-        check_range(who, name, size, 1)
-        if not isinstance(size, int):
-            raise TypeError(f"{who}: `{name}` must be a whole number, got {size!r}.")
+        check_count(who, name, size)
     if shared and visual_dim != text_dim:
         raise ValueError(f"{who}: `text_dim` must be visual_dim={visual_dim} for a shared matrix, got {text_dim}.")
     generator = torch.Generator().manual_seed(seed)

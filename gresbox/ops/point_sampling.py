@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gresbox._checks import check_range, check_shape
+from gresbox._checks import check_count, check_range, check_shape
 from gresbox.ops._precision import accumulation_dtype, no_autocast
 
 __all__ = ["point_sample", "uncertain_points"]
@@ -124,6 +124,7 @@ def uncertain_points(
         - ``mask_logits``: ``(K, h, w)``; ``noise``: ``(K, R, 2)`` in [0, 1]; returns ``(K, num_points, 2)`` xy in [0, 1].
 
     Raises:
+        TypeError: If ``num_points`` is no whole number.
         ValueError: If an argument is out of its range, a shape does not fit, or a function comes without ``noise``.
 
     Example:
@@ -132,7 +133,7 @@ def uncertain_points(
         torch.Size([3, 16, 2])
     """
     who = "uncertain_points"
-    check_range(who, "num_points", num_points, low=1)
+    check_count(who, "num_points", num_points)
     check_range(who, "oversample", oversample, low=1)
     check_range(who, "importance", importance, low=0, high=1)
     candidates, chosen = int(num_points * oversample), int(num_points * importance)

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from gresbox._checks import check_range, check_shape
+from gresbox._checks import check_count, check_range, check_shape
 from gresbox.ops._backend import use_triton
 from gresbox.ops._precision import accumulation_dtype, no_autocast
 from gresbox.ops._register import Forms, define_op
@@ -58,7 +58,7 @@ def select_points(
           the order of selection.
 
     Raises:
-        TypeError: If ``score_map`` is not floating-point.
+        TypeError: If ``score_map`` is not floating-point or ``num_points`` no whole number.
         ValueError: If its shape does not fit, ``num_points`` is not in [1, H * W], or ``distance_weight`` is not in [0, 1e30].
         RuntimeError: If ``backend="triton"`` is not possible; the message says why.
 
@@ -72,7 +72,7 @@ def select_points(
     sizes = check_shape(who, score_map=(score_map, "B H W"))
     dtype = accumulation_dtype(who, score_map=score_map)
     height, width = sizes["H"], sizes["W"]
-    check_range(who, "num_points", num_points, 1, height * width)
+    check_count(who, "num_points", num_points, 1, height * width)
     check_range(who, "distance_weight", distance_weight, 0, 1e30)  # more is infinite in float32
     kernel = _too_large(score_map, num_points, 0.0) or True
     by_kernel = use_triton(who, backend, score_map, kernel=kernel)

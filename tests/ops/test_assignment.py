@@ -119,6 +119,13 @@ def test_nan_is_an_error_or_a_warning(bad):
         assign(torch.full((1, 2, 2), torch.nan), torch.tensor([0]))
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_the_warning_points_to_the_caller(backend):
+    with pytest.warns(RuntimeWarning, match="NaN") as caught:
+        assign(torch.full((1, 2, 2), torch.nan), nan="large", backend=backend)
+    assert caught[0].filename == __file__
+
+
 def test_all_nan_is_still_complete():
     with pytest.warns(RuntimeWarning, match="2 of the batch's problems"):
         matched = assign(torch.full((2, 3, 2), torch.nan), nan="large")
