@@ -119,7 +119,7 @@ HOST_READS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten:
 
 def read_by_the_host(call: Callable[[], Any]) -> set[str]:
     """Operations of a call for which the host needs a tensor's numbers. Of real tensors: others go ways of their own."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
         call()
     return {event.key for event in profile.key_averages()} & HOST_READS
 

@@ -29,6 +29,7 @@ spec = importlib.util.spec_from_file_location("masked_run", PROGRAM)
 assert spec is not None
 assert spec.loader is not None
 run = importlib.util.module_from_spec(spec)
+sys.modules["masked_run"] = run  # torch.compile imports by name what it reads
 spec.loader.exec_module(run)
 
 
