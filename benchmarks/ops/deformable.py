@@ -27,6 +27,7 @@ CASES = {  # side: of the coarsest level, stride 32; 15 is an image of 480 pixel
     "2x: B=8, 18900 queries": {"B": 8, "side": 30, "queries": "pixels"},
     "4x: B=4, 75600 queries": {"B": 4, "side": 60, "queries": "pixels"},
 }
+MARGIN = 1e-3  # of a pixel, between locations and the places where their gradients jump
 ON = {
     "cpu": ("B=8, 100 queries", "B=1, 4725 queries", "B=1, 100 queries", "B=1, 10 queries", "2x: B=1, 18900 queries"),
     "cuda": tuple(name for name in CASES if name != "2x: B=1, 18900 queries"),
@@ -39,7 +40,11 @@ def levels(case: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def make_inputs(case: dict[str, Any], device: torch.device, dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
-    """Offsets of about two pixels around the queries' own places: pixels' centres, or anywhere for a few queries."""
+    """Offsets of about two pixels around the queries' own places: pixels' centres, or anywhere for a few queries.
+
+    Interpolation has a kink where a location is level with a pixel's centre, and which side the location is on depends there on
+    how it is rounded. So all locations keep a distance from such places.
+    """
     drawn = partial(torch.randn, generator=generator, device=device)
     shapes, batch = levels(case), case["B"]
     if case["queries"] == "pixels":
@@ -48,10 +53,13 @@ def make_inputs(case: dict[str, Any], device: torch.device, dtype: torch.dtype, 
         reference = torch.rand(batch, case["queries"], 2, generator=generator, device=device)
     sizes = torch.tensor(shapes, device=device)[:, None]
     offsets = 2 * drawn(batch, reference.shape[1], HEADS, len(shapes), POINTS, 2) / sizes
+    pixels = (reference[:, :, None, None, None] + offsets) * sizes - 0.5
+    whole = pixels.floor()
+    pixels = whole + (pixels - whole).clamp(MARGIN, 1 - MARGIN)
     return {
         "value": drawn(batch, sum(math.prod(shape) for shape in shapes), HEADS, CHANNELS).to(dtype),
         "shapes": shapes,
-        "locations": (reference[:, :, None, None, None] + offsets).contiguous(),
+        "locations": ((pixels + 0.5) / sizes).contiguous(),
         "logits": drawn(offsets.shape[:-1]),
     }
 
@@ -105,6 +113,10 @@ def deformops_form() -> Form:
 
 def reference(value: Tensor, shapes: Any, locations: Tensor, logits: Tensor) -> Tensor:
     return by_definition(value, shapes, locations, logits)
+
+
+def same_form(case: str, device: str, direction: str) -> bool:
+    return device == "cpu" and case == "B=1, 10 queries"
 
 
 def cost(case: dict[str, Any], itemsize: int, direction: str) -> Cost:
