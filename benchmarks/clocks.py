@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._profiler import _EventType
 
 CLOCKS = ("wall", "graph")
 GRAPH_SHARE = 0.12  # of the device's memory that one form's graph may keep
@@ -40,8 +41,8 @@ class Timer(ABC):
         """Seconds by direction and clock."""
 
     @abstractmethod
-    def peak_beyond_results(self) -> int:
-        """Bytes that are allocated at most at one time in a run, beyond its results."""
+    def working_bytes(self) -> int:
+        """The most bytes that a run holds at one moment, of those that it has allocated and that are no results of it."""
 
     def close(self) -> None:  # noqa: B027  most hold nothing
         """Give back what the timer holds."""
@@ -81,15 +82,13 @@ class CPUTimer(Timer):
             ("forward+backward", "wall"): both / self.repeats,
         }
 
-    def peak_beyond_results(self) -> int:
+    def working_bytes(self) -> int:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             outputs, gradients = self.run()
-        events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return max(0, peak - stored_bytes([*outputs, *gradients]))
+        events = list(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
+        events.sort(key=lambda event: event.start_time_ns)
+        changes = [(event.extra_fields.ptr, event.extra_fields.alloc_size) for event in events]
+        return peak_beside(changes, addresses([*outputs, *gradients]))
 
 
 class CUDATimer(Timer):
@@ -101,7 +100,9 @@ class CUDATimer(Timer):
         properties = torch.cuda.get_device_properties(device)
         self.cache = torch.empty(4 * getattr(properties, "L2_cache_size", 64 << 20), dtype=torch.int8, device=device)
         self.syncs = self._count_syncs()
-        self.graph, self.results, self.extra = None, None, 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.results: object = None
+        self.working = 0
 
     def warm_up(self, quick: bool) -> float:
         for _ in range(3 if quick else 10):
@@ -143,15 +144,19 @@ class CUDATimer(Timer):
             found["forward+backward" if marks else "forward", "graph"] = first.elapsed_time(last) / 1e3
         return found
 
-    def peak_beyond_results(self) -> int:
+    def working_bytes(self) -> int:
         torch.cuda.synchronize(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        outputs, gradients = self.run()
-        torch.cuda.synchronize(self.device)
-        peak = torch.cuda.max_memory_allocated(self.device) - before
-        self.extra = max(0, peak - stored_bytes([*outputs, *gradients]))
-        return self.extra
+        torch.cuda.memory._record_memory_history(context=None, clear_history=True)
+        try:
+            outputs, gradients = self.run()
+            torch.cuda.synchronize(self.device)
+            entries = torch.cuda.memory._snapshot(self.device)["device_traces"][self.device.index]
+        finally:
+            torch.cuda.memory._record_memory_history(enabled=None)
+        signs = {"alloc": 1, "free_completed": -1}
+        changes = [(entry["addr"], signs[entry["action"]] * entry["size"]) for entry in entries if entry["action"] in signs]
+        self.working = peak_beside(changes, addresses([*outputs, *gradients]))
+        return self.working
 
     def close(self) -> None:
         self.graph, self.results, self.cache = None, None, torch.empty(0)
@@ -178,7 +183,7 @@ class CUDATimer(Timer):
         if self.syncs:
             self.graph_failure = f"waits for the device {self.syncs} times"
             return
-        if self.extra > GRAPH_SHARE * torch.cuda.mem_get_info(self.device)[1]:
+        if self.working > GRAPH_SHARE * torch.cuda.mem_get_info(self.device)[1]:
             self.graph_failure = "a graph keeps its memory, and this one's would not leave room for the other forms"
             return
         side = torch.cuda.Stream(self.device)
@@ -199,7 +204,33 @@ class CUDATimer(Timer):
         self.graph = graph
 
 
-def stored_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Of the memory behind some tensors, each piece once."""
-    stores = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None}
-    return sum(stores.values())
+def addresses(tensors: Iterable[Tensor | None]) -> set[int]:
+    """Where the memory behind some tensors begins."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
+
+
+def peak_beside(changes: Sequence[tuple[int, int]], kept: Collection[int]) -> int:
+    """The largest sum of bytes held at one time, without what is at the addresses ``kept`` in the end.
+
+    ``changes`` are addresses and bytes in the order of time, negative where they are given back. Only what was taken counts when it
+    is given back, and of an address that is taken several times only the last is ``kept``.
+    """
+    results = {address: place for place, (address, count) in enumerate(changes) if count > 0 and address in kept}
+    sizes: dict[int, int] = {}
+    held = peak = 0
+    for place, (address, count) in enumerate(changes):
+        if count < 0:
+            held -= sizes.pop(address, 0)
+        elif results.get(address) != place:
+            sizes[address] = count
+            held += count
+            peak = max(peak, held)
+    return peak
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[Any]:
+    """What a profile has recorded of memory, anywhere in its tree of events."""
+    for event in events:
+        if event.tag == _EventType.Allocation:
+            yield event
+        yield from _allocations(event.children)

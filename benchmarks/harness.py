@@ -21,6 +21,7 @@ A benchmark is a module; ``benchmarks/ops/<name>.py`` stands for ``gresbox/ops/<
     def reference(**inputs) -> Tensor | tuple[Tensor, ...]:                    # floating-point inputs come in float64
     def cost(case, itemsize, direction) -> Cost:                               # optional: least work; direction as below
     TARGETS = [Target("gresbox", "eager", "B=8", "forward", at_least=2.0), Target(..., device="cuda", memory_at_most=0.1)]
+    def same_form(case, device, direction) -> bool: ...                        # optional: "gresbox" runs the very code of "eager"
     TOLERANCES = {"float32": 1e-4}                                             # optional: over gresbox.testing.TOLERANCES
     def error(got, wanted, inputs) -> float:                                   # optional: got, wanted: lists of tensors
     NOTES = "Why a target is missed; what else was tried."                     # optional: printed under its table in the docs
@@ -39,8 +40,9 @@ is only "forward".
 All forms of a case run once per round, in an order that rotates and turns round. A ratio is the median over rounds of the ratio of
 two times of the same round, with its 95 % bootstrap interval. Ours runs twice in each round: the interval of that ratio around 1
 is the noise band. On CUDA the second-level cache is overwritten before each call, and there are two times: "wall", host and waiting
-included, and "graph", of a replayed CUDA graph, where the form can be captured. Extra memory is the largest sum of allocations
-during a call beyond its results; on the CPU those that PyTorch makes.
+included, and "graph", of a replayed CUDA graph, where the form can be captured. Working memory is the most that a call holds at one
+moment of what it has allocated, its results left out wherever they are there; on the CPU PyTorch's allocations. The share of the
+roofline is given on CUDA only: a CPU's caches stay warm, and what is measured beyond them bounds nothing that they hold.
 """
 
 from __future__ import annotations
@@ -111,12 +113,13 @@ class Target:
         case: Its name.
         direction: One of the three.
         at_least: Peer's time over ours.
-        memory_at_most: Our extra memory over the peer's.
+        memory_at_most: Our working memory over the peer's.
         microseconds_at_most: Our time.
         syncs_at_most: How often ours may wait for the device.
         device: "cpu" or "cuda".
         clock: "wall" or "graph".
         dtype: None: the device's first.
+        note: What a reader must know of the two to read the number.
     """
 
     form: str
@@ -130,6 +133,7 @@ class Target:
     device: str = "cpu"
     clock: str = "wall"
     dtype: str | None = None
+    note: str = ""
 
 
 class compiled:  # noqa: N801  reads as a word in a list of forms
@@ -297,7 +301,7 @@ class Scene:
         rows = []
         for runner in runners:
             row = runner.row(direction) | rounds.summary(runner.name, direction)
-            if cost is not None and ceilings and row["right"]:
+            if cost is not None and ceilings and row["right"] and self.device.type == "cuda":
                 row["roofline"] = round(1e3 * cost.seconds(ceilings, self.dtype) / (row["graph_ms"] or row["ms"]), 4)
             if is_ours(runner.name):
                 judged = [other.name for other in runners if not is_ours(other.name) and other.judged]
@@ -339,7 +343,7 @@ class Runner:
         self.right = max(self.error, self.error_gradients or 0.0) <= scene.tolerance
         del outputs, gradients, shown
         self.timer = Timer.of(scene.device, self.run)
-        self.extra_bytes = self.timer.peak_beyond_results()
+        self.working_bytes = self.timer.working_bytes()
 
     @property
     def judged(self) -> bool:
@@ -367,7 +371,7 @@ class Runner:
             "error_gradients": self.error_gradients,
             "right": self.right,
             "differs": self.form.differs,
-            "extra_bytes": None if direction == "backward" else self.extra_bytes,
+            "working_bytes": None if direction == "backward" else self.working_bytes,
             "graph_failure": self.timer.graph_failure,
             "syncs": self.timer.syncs,
             "roofline": None,

@@ -88,9 +88,10 @@ ROW: Kinds = {
     "error_gradients": _OPTIONAL_NUMBER,
     "right": bool,
     "differs": str,
-    "extra_bytes": (int, type(None)),
     "roofline": _OPTIONAL_NUMBER,
 }
+OLD = "†"
+WORKING, OLD_COUNT = "working_bytes", "extra_bytes"  # a row has one; the old: the peak, less all results, there by then or not
 RATIO: Kinds = {"ratio": (int, float), "low": (int, float), "high": (int, float)}
 
 
@@ -231,13 +232,31 @@ def key_of(group: Group) -> tuple[str, str, str]:
     return group["case"], group["dtype"], group["direction"]
 
 
+def memory_of(row: Mapping[str, Any]) -> int | None:
+    """Bytes, in the count that the row has; rows of one group have the same."""
+    return row[OLD_COUNT if OLD_COUNT in row else WORKING]
+
+
+def mark_of(row: Mapping[str, Any]) -> str:
+    """What stands after a memory that is counted in the old way."""
+    return f" {OLD}" if OLD_COUNT in row else ""
+
+
+def is_wrong(row: Mapping[str, Any]) -> bool:
+    """Whether the error is too large for a form that is meant to give the reference's result."""
+    return not row["right"] and not row["differs"]
+
+
 def read(path: Path) -> File:
     """A file's content.
 
     Raises:
         ValueError: If it is not in the form of today.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as failure:
+        raise ValueError(f"{path.name} is not valid: {failure}.") from failure
     problems = list(problems_of(content))
     if problems:
         raise ValueError(f"{path.name} is not valid: {'; '.join(problems[:5])}.")
@@ -268,7 +287,8 @@ def problems_of(content: File) -> Iterator[str]:
 
 def _row_problems(row: dict[str, Any], where: str, direction: object) -> Iterator[str]:
     extra = {"wall_ratios": dict, "graph_ratios": dict} if str(row.get("form")).startswith("gresbox") else {}
-    yield from _kinds(row, ROW | extra, where)
+    memory: Kinds = {OLD_COUNT if OLD_COUNT in row else WORKING: (int, type(None))}
+    yield from _kinds(row, {**ROW, **memory, **extra}, where)
     if direction != "forward" and not isinstance(row.get("error_gradients"), int | float):
         yield f"{where}: the gradients have no error"
     for clock in extra:

@@ -3,7 +3,7 @@
     python -m benchmarks.run ops                      every op on the CPU; what is in the files already is not measured again
     python -m benchmarks.run all --device cuda --part 2/6
     python -m benchmarks.run mask_costs --again       one benchmark, afresh
-    python -m benchmarks.run ops --quick              a few rounds of each first case, nothing is written
+    python -m benchmarks.run ops --quick              a few rounds of each first case, too few for ratios; nothing is written
     python -m benchmarks.run --list
 
 A file grows case by case; a run that was stopped goes on where it was. After ``--minutes`` no case is begun any more. Parts are
@@ -18,9 +18,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -81,13 +82,30 @@ def modules_of(chosen: Sequence[str], failed: list[str] | None = None) -> dict[s
     return modules
 
 
-def pieces_of(modules: dict[str, ModuleType], device: str, *, quick: bool) -> Iterator[Piece]:
+def pieces_of(modules: dict[str, ModuleType], device: str, *, chosen: Sequence[str], quick: bool) -> Iterator[Piece]:
     for what, module in modules.items():
-        cases = module.ON.get(device, ())
+        cases = [case for case in module.ON.get(device, ()) if not chosen or case in chosen]
         dtypes = getattr(module, "DTYPES", DEFAULT_DTYPES)[device] if cases else ()
         for case in cases[:1] if quick else cases:
             for dtype in dtypes[:1] if quick else dtypes:
                 yield Piece(what, module, case, dtype)
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """``"2/6"`` -> ``(2, 6)``."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    turn, parts = (int(number) for number in found.groups()) if found else (0, 0)
+    if not 1 <= turn <= parts:
+        raise SystemExit(f"--part must be I/N with I from 1 to N, got {text}")
+    return turn, parts
+
+
+def refuse_unknown(option: str, asked: Sequence[str], there: Iterable[str]) -> None:
+    """A name that nothing has would measure nothing."""
+    known = list(dict.fromkeys(there))
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise SystemExit(f"{option}: there is no {unknown[0]!r} in what is to run; there are {'; '.join(known)}")
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -103,27 +121,26 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--out", type=Path, default=RESULTS / __version__, help="folder to write to (default: the version's)")
     parser.add_argument("--again", action="store_true", help="measure again what the files hold")
-    parser.add_argument("--quick", action="store_true", help="a few rounds of each first case; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="a few rounds of each first case, to see whether it runs")
     parser.add_argument("--list", action="store_true", help="name the cases and leave")
     return parser
 
 
 def main() -> int:
     options = arguments().parse_args()
-    turn, parts = (int(number) for number in options.part.split("/"))
-    if not 1 <= turn <= parts:
-        raise SystemExit(f"--part must be I/N with I from 1 to N, got {options.part}")
+    turn, parts = part_of(options.part)
     broken: list[str] = []
     modules = modules_of(options.what, broken)
-    pieces = [
-        piece for piece in pieces_of(modules, options.device, quick=options.quick) if not options.case or piece.case in options.case
-    ]
-    pieces = pieces[turn - 1 :: parts]
+    if modules:
+        refuse_unknown("--case", options.case, (case for module in modules.values() for case in module.ON.get(options.device, ())))
+    pieces = list(pieces_of(modules, options.device, chosen=options.case, quick=options.quick))[turn - 1 :: parts]
     if options.list:
         print("\n".join(f"{piece.what}: {piece.case}, {piece.dtype}" for piece in pieces))
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device here")
+    if options.against:
+        refuse_unknown("--against", options.against, (form for m in modules.values() for form in m.forms(options.device)))
     if CORES is not None:  # `taskset` holds
         os.sched_setaffinity(0, CORES)
     if options.device == "cpu":  # a pool of compilers would take time from what is measured
@@ -179,6 +196,8 @@ def run(pieces: Sequence[Piece], options: argparse.Namespace, deadline: float | 
         if not options.quick:
             files[piece.what].add(groups)
         show(piece, groups, time.monotonic() - start)
+    if options.quick:
+        print("\n--quick: too few rounds to rely on a ratio, and nothing is written")
     if left:
         how = "--again begins anew, so name them with --case" if options.again else "the same command goes on with them"
         print(f"left, {how}: {'; '.join(f'{piece.what}: {piece.case}, {piece.dtype}' for piece in left)}")
@@ -191,7 +210,7 @@ def show(piece: Piece, groups: Sequence[dict[str, Any]], seconds: float) -> None
         noise = "" if group["noise_band"] is None else f", noise band {group['noise_band']:.2f}"
         print(f"  {group['direction']} ({group['rounds']} rounds{noise})")
         for row in group["rows"]:
-            memory = "" if row["extra_bytes"] is None else f"  {row['extra_bytes'] / 2**20:9.2f} MB"
+            memory = "" if row["working_bytes"] is None else f"  {row['working_bytes'] / 2**20:9.2f} MB"
             error = max(row["error"], row["error_gradients"] or 0.0)
             note = row["differs"] or ("" if row["right"] else "WRONG")
             line = f"    {row['form']:28} {row['ms']:10.3f} ms{memory}  error {error:.1e}  {note}"

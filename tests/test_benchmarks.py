@@ -1,4 +1,4 @@
-"""The benchmarks: the harness on tiny cases, the form of result files, and that the tables of the documentation are theirs."""
+"""The benchmarks: the harness on tiny cases, the program that runs them, and the form of result files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the benchmarks are programs of the repository, not a part of the installed package
 
-from benchmarks import compare, page, results
+from benchmarks import results
 from benchmarks import run as program
 from benchmarks.ceilings import measure_ceilings
-from benchmarks.clocks import CPUTimer
+from benchmarks.clocks import CPUTimer, CUDATimer, peak_beside
 from benchmarks.harness import Cost, Form, Target, compiled, largest_error, measure, missing
 from benchmarks.rounds import median_interval
 from gresbox import __version__
@@ -62,9 +62,9 @@ def test_a_case_has_its_directions_errors_memory_ratios_and_reasons():
         assert (ours["error_gradients"] is None) == (group["direction"] == "forward")
         assert ours["wall_ratios"].keys() == {"eager"}
         assert ours["wall_ratios"]["eager"]["low"] <= ours["wall_ratios"]["eager"]["ratio"] <= ours["wall_ratios"]["eager"]["high"]
-        assert ours["roofline"] > 0
+        assert ours["roofline"] is None  # a CPU's caches are warm
         assert "wall_ratios" not in peer
-        assert (ours["extra_bytes"] is None) == (group["direction"] == "backward")
+        assert (ours["working_bytes"] is None) == (group["direction"] == "backward")
 
 
 def test_a_wrong_result_gets_no_ratio_and_is_none():
@@ -202,12 +202,59 @@ def test_gradients_of_a_dict_are_one():
     assert measure(module, "small", "float32", CPU, quick=True)[2]["rows"][0]["right"]
 
 
-def test_peak_memory_is_counted_beyond_the_results():
+def test_working_memory_is_what_is_held_beside_the_results():
     def wasteful():
         return [(torch.ones(1 << 18) + 1).sum(0, keepdim=True)], []
 
-    assert 2 * (1 << 20) <= CPUTimer(wasteful).peak_beyond_results() < 3 * (1 << 20)
-    assert CPUTimer(lambda: ([torch.empty(1 << 18)], [])).peak_beyond_results() == 0
+    def in_turn():
+        torch.ones(1 << 18).sum()
+        return [torch.ones(1 << 18)], [torch.ones(1 << 18)]  # not there yet when the first is
+
+    here = torch.ones(1 << 18)
+    assert 2 * (1 << 20) <= CPUTimer(wasteful).working_bytes() < 3 * (1 << 20)
+    assert CPUTimer(lambda: ([torch.empty(1 << 18)], [])).working_bytes() == 0
+    assert 1 << 20 <= CPUTimer(in_turn).working_bytes() < (1 << 20) + 64
+    assert CPUTimer(lambda: ([here.add_((here + 1).mean())], [])).working_bytes() >= 1 << 20  # a result that was there before
+
+
+def test_gradients_take_no_working_memory_away():
+    """A pass with a backward pass never needs less than one without."""
+    module = square_module(forms=lambda device: {"gresbox": lambda x: (x.exp() * x).sum()}, reference=lambda x: (x.exp() * x).sum())
+    module.CASES = {"small": {"N": 1 << 16}}
+    forward, _, both = measure(module, "small", "float32", CPU, quick=True)
+    assert forward["rows"][0]["working_bytes"] <= both["rows"][0]["working_bytes"]
+
+
+def test_the_peak_beside_what_is_kept():
+    assert peak_beside([(1, 8), (2, 4), (1, -8), (3, 4)], {3}) == 12
+    assert peak_beside([(1, 8), (1, -8), (1, 8)], {1}) == 8  # an address that is taken again: only the last is the result
+    assert peak_beside([(9, -100), (1, 8)], set()) == 8  # given back, but not taken here
+
+
+def test_working_memory_is_read_from_the_allocators_trace(monkeypatch):
+    result = torch.ones(4)
+    names = [("alloc", 1, 96), ("segment_alloc", 1, 4096), ("free_requested", 1, 96), ("free_completed", 1, 96)]
+    names += [("alloc", 2, 64), ("alloc", result.data_ptr(), 512)]
+    trace = [{"action": action, "addr": address, "size": size} for action, address, size in names]
+    recorded = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda enabled="all", **options: recorded.append(enabled))
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda device: {"device_traces": [[], trace]})
+    timer = CUDATimer.__new__(CUDATimer)
+    timer.run, timer.device = lambda: ([result], []), torch.device("cuda", 1)
+    assert timer.working_bytes() == 96
+    assert recorded == ["all", None]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_working_memory_on_a_gpu():
+    def in_turn():
+        torch.ones(1 << 18, device="cuda").sum()
+        return [torch.ones(1 << 18, device="cuda")], [torch.ones(1 << 18, device="cuda")]
+
+    timer = CUDATimer(torch.device("cuda", 0), in_turn)
+    assert 1 << 20 <= timer.working_bytes() < (1 << 20) + 4096
+    timer.close()
 
 
 def test_errors_of_outputs():
@@ -285,9 +332,28 @@ def test_parts_share_the_cases(monkeypatch, capsys):
         assert program.main() == 0
         shown.append(capsys.readouterr().out.split("\n")[:-1])
     assert sorted(shown[0] + shown[1]) == sorted(shown[2])
-    monkeypatch.setattr(sys, "argv", ["run", "ops", "--part", "3/2"])
-    with pytest.raises(SystemExit, match="--part must be I/N"):
+    for part in ("3/2", "0/2", "x", "1/0", "1"):
+        monkeypatch.setattr(sys, "argv", ["run", "ops", "--part", part])
+        with pytest.raises(SystemExit, match=f"^--part must be I/N with I from 1 to N, got {part}$"):
+            program.main()
+
+
+def test_names_that_nothing_has_are_refused(tmp_path, monkeypatch):
+    run_square(monkeypatch, tmp_path, "--case", "small", "nope")
+    with pytest.raises(SystemExit, match=r"^--case: there is no 'nope' in what is to run; there are small$"):
         program.main()
+    run_square(monkeypatch, tmp_path, "--against", "nobody")
+    with pytest.raises(SystemExit, match=r"^--against: there is no 'nobody' in what is to run; there are gresbox; eager; gone$"):
+        program.main()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_quick_run_takes_the_case_that_is_asked_for_and_warns(tmp_path, monkeypatch, capsys):
+    assert run_parts(monkeypatch, tmp_path, "--quick", "--case", "c") == 0
+    told = capsys.readouterr().out
+    assert "square: c, float32" in told
+    assert "--quick: too few rounds to rely on a ratio" in told
+    assert not list(tmp_path.iterdir())
 
 
 def run_parts(monkeypatch, folder, *arguments):
@@ -365,71 +431,14 @@ def test_a_row_without_an_error_is_refused(measured):
         (lambda c: c["groups"].append(c["groups"][0]), "a case occurs twice"),
         (lambda c: c.update(schema=0), "schema must be 1"),
         (lambda c: c["groups"][0]["rows"][0]["wall_ratios"]["eager"].pop("low"), "low is missing"),
+        (lambda c: c["groups"][0]["rows"][0].pop("working_bytes"), "working_bytes is missing"),
+        (lambda c: c["groups"][0]["rows"][0].update(extra_bytes=1), "working_bytes is unknown"),
     ],
 )
 def test_what_is_no_valid_file(measured, change, message):
     content = results.read(measured)
     change(content)
     assert any(message in problem for problem in results.problems_of(content))
-
-
-def test_a_regression_is_found_and_the_machine_taken_out(measured, monkeypatch):
-    old = results.read(measured)
-    for group in old["groups"]:
-        group["noise_band"] = 0.05
-    slower, slow_machine = copy.deepcopy(old), copy.deepcopy(old)
-    for new, forms in ((slower, {"gresbox"}), (slow_machine, {"gresbox", "eager"})):
-        for row in (row for group in new["groups"] for row in group["rows"] if row["form"] in forms):
-            row["ms"] *= 1.2
-    assert all(change.regressed for change in compare.changes(old, slower))
-    assert not any(change.regressed for change in compare.changes(old, slow_machine))
-    replayed = copy.deepcopy(old)
-    for row in (row for group in replayed["groups"] for row in group["rows"]):
-        row["graph_ms"] = row["ms"] / 10  # a graph that only one of the two runs has says nothing
-    assert all(change.raw == 1 for change in (*compare.changes(old, replayed), *compare.changes(replayed, old)))
-    path = measured.with_name("new.json")
-    for content, code in ((slower, 1), (old, 0)):
-        measured.write_text(json.dumps(old))
-        path.write_text(json.dumps(content))
-        monkeypatch.setattr(sys, "argv", ["compare", str(measured), str(path)])
-        assert compare.main() == code
-
-
-def test_verdicts_are_read_from_the_files(measured):
-    content = results.read(measured)
-    modules = {"ops": {"square": square_module()}}
-    row = content["groups"][0]["rows"][0]
-    row["wall_ratios"]["eager"] = {"ratio": 1.5, "low": 1.4, "high": 1.6}
-    content["groups"][0]["noise_band"] = 0.1
-    target = Target("gresbox", "eager", "small", "forward", at_least=1.4)
-    assert page.verdict(content, target, modules) == "met: 1.50x"
-    assert page.verdict(None, target, modules) == "not yet measured"
-    assert page.verdict(content, Target("gresbox", "eager", "small", "forward", at_least=1.6), modules) == "**missed**: 1.50x"
-    assert page.verdict(content, Target("gresbox", "gone", "small", "forward", at_least=1), modules) == "not run: is not installed"
-    assert page.verdict(content, Target("gresbox", None, "small", "forward", microseconds_at_most=1e9), modules).startswith("met")
-    assert page.verdict(content, Target("gresbox", None, "small", "forward", syncs_at_most=0), modules) == "**missed**: None waits"
-    row["wall_ratios"]["eager"]["ratio"] = 0.95
-    assert page.verdict(content, Target("gresbox", "eager", "small", "forward", at_least=1.0), modules) == "met: 0.95x"
-    row["right"] = False
-    assert "wrong" in page.verdict(content, target, modules)
-
-
-def test_marked_blocks_are_filled(measured):
-    files = results.read_all(measured.parent)
-    text = page.filled("before\n<!-- benchmarks: square -->\nold\n<!-- end -->\nafter", files)
-    assert text.startswith("before\n<!-- benchmarks: square -->\n\ncpu, measured at")
-    assert "| small | forward | gresbox |" in text
-    assert "old" not in text
-    assert text.endswith("<!-- end -->\nafter")
-    assert page.filled(text, files) == text
-
-
-def test_plots_are_drawn(measured):
-    pytest.importorskip("matplotlib")
-    from benchmarks import plot
-
-    drawn = plot.draw_all(results.read_all(measured.parent), measured.parent)
-    assert {path.name for path in drawn} >= {"benchmarks_ratios--cpu.png", "benchmarks_roofline--cpu.png"}
 
 
 def test_ceilings_are_rates(monkeypatch):
@@ -468,11 +477,6 @@ def test_the_files_in_results_are_valid():
         assert path.parent.name == content["version"]
         text = path.read_text(encoding="utf-8")
         assert not re.search(r'"(/|[A-Z]:)|hostname', text), f"{path.name} names a path or a machine"
-
-
-def test_the_documentation_holds_what_the_files_say():
-    for path, text in page.pages().items():
-        assert path.read_text(encoding="utf-8") == text, f"{path.name} is not that of the files; run python -m benchmarks.page"
 
 
 def test_no_result_is_of_another_version_than_its_folder():

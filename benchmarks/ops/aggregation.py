@@ -89,8 +89,8 @@ TARGETS = [
 ]
 
 NOTES = (
-    "On the CPU the product of queries and pixels is nearly the whole forward pass: at B=8 it takes 48 to 52 ms alone in "
-    "the fastest shapes found, and eager takes 60 to 96 ms, as fresh memory costs it little or much. So twice eager's "
-    "speed is out of reach there. The backward pass is two more such products. Tried: whole images, pieces of 2^16 to "
-    "2^21 values, several images at once, and runs of one image's pixels, one core for each, which are kept."
+    "On the CPU the product of queries and pixels is nearly the whole forward pass of ours, and most of eager's, whose time "
+    "scatters as fresh memory costs it little or much. So twice eager's speed is out of reach at B=8. The backward pass is two "
+    "more such products. Tried: whole images, pieces of 2^16 to 2^21 values, several images at once, and runs of one image's "
+    "pixels, one core for each, which are kept."
 )
