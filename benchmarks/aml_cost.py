@@ -95,7 +95,7 @@ def seconds(call: Callable[[], object]) -> Times:
 
 def added_bytes(call: Callable[[], object]) -> int:
     """The most that a call holds at one time beyond what was held before, by PyTorch's record of its allocations."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -83,7 +84,8 @@ class CPUTimer(Timer):
         }
 
     def working_bytes(self) -> int:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
             outputs, gradients = self.run()
         events = list(_allocations(profile.profiler.kineto_results.experimental_event_tree()))
         events.sort(key=lambda event: event.start_time_ns)
@@ -160,7 +162,7 @@ class CUDATimer(Timer):
 
     def close(self) -> None:
         self.graph, self.results, self.cache = None, None, torch.empty(0)
-        torch.cuda.empty_cache()
+        give_memory_back()
 
     def _flush(self) -> None:
         self.cache.zero_()
@@ -195,13 +197,22 @@ class CUDATimer(Timer):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.graph(graph):
-                self.results = self.run()  # kept: the graph writes into them
+                outputs, gradients = self.run()
+                # Kept, as the graph writes into them; without their history, which would tie the leaves to this stream.
+                self.results = [out.detach() for out in outputs], gradients
+                del outputs
         except RuntimeError as failure:
             torch.cuda.set_stream(stream)  # a capture that breaks off may leave its own behind
             self.graph_failure = str(failure).strip().splitlines()[0][:200]
             torch.cuda.synchronize(self.device)
             return
         self.graph = graph
+
+
+def give_memory_back() -> None:
+    """What PyTorch keeps for later, back to the device; after a capture that broke off it may refuse, and goes on keeping it."""
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
 
 
 def addresses(tensors: Iterable[Tensor | None]) -> set[int]:

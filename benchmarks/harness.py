@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from benchmarks.clocks import CLOCKS, Timer
+from benchmarks.clocks import CLOCKS, Timer, give_memory_back
 from benchmarks.rounds import AGAIN, Rounds
 from gresbox.testing import TOLERANCES, relative_error
 
@@ -284,7 +284,7 @@ class Scene:
                 runner = Runner(name, form, self, backward)
             except FAILURES as failure:
                 if self.device.type == "cuda":
-                    torch.cuda.empty_cache()  # it may have been memory that failed
+                    give_memory_back()  # it may have been memory that failed
                 if is_ours(name):
                     raise RuntimeError(f"{self.module.__name__}, {self.case}: {name} fails: {reason_of(failure)}") from failure
                 left_out[name] = not_installed(failure) or f"fails: {reason_of(failure)}"
