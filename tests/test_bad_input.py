@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+from email.message import Message
+from io import BytesIO
 from pathlib import Path
+from ssl import SSLError
+from urllib.error import HTTPError, URLError
 
 import pytest
 import torch
+from huggingface_hub import hub_mixin
 from PIL import Image
 
 from gresbox import GRefCOCO, GRESMetric, SyntheticGRES, create_model, load_model, ops
 from gresbox.blocks import AdaptiveInstanceAggregation, MSDeformPixelDecoder, NoTargetHead, PhraseObjectTransformer
 from gresbox.losses import InstAlignCriterion
 from gresbox.matchers import HungarianInstanceMatcher
+from gresbox.models import InstAlign, base
 from gresbox.structures import GresOutput, GresTarget, InstancePrediction
 from gresbox.viz import overlay
 
@@ -341,6 +347,79 @@ def test_no_saved_model_at_all(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(f"load_model: no folder {tmp_path / 'nothing'}")) as caught:
         load_model(str(tmp_path / "nothing"))
     assert_one_clear_line(caught.value, "no folder")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What is asked of the Hugging Face hub, which does not answer."""
+    asked: list[tuple[str, dict]] = []
+
+    def silent(request, **options):
+        asked.append((request.method, options))
+        raise URLError(OSError("no route to host"))
+
+    def no_copy(model_id, name, **options):
+        asked.append((f"{model_id}/{name}", options))
+        raise FileNotFoundError("no copy")
+
+    monkeypatch.setattr(base.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(base.urllib.request, "urlopen", silent)
+    monkeypatch.setattr(base, "hf_hub_download", no_copy)
+    return asked
+
+
+@pytest.mark.parametrize("answer", [None, HTTPError("", 503, "busy", Message(), None), URLError(SSLError("own certificates"))])
+def test_a_hub_that_answers_is_asked_for_the_file(tmp_path, monkeypatch, hub, answer):
+    def answering(request, **options):
+        if answer is not None:
+            raise answer
+        return BytesIO()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(base.urllib.request, "urlopen", answering)
+    with pytest.raises(FileNotFoundError, match=r"the hub gave no config\.json for it \(no copy\)\.$"):
+        load_model("owner/name")
+    assert hub == [("owner/name/config.json", {})]
+
+
+@pytest.mark.parametrize("load", [load_model, InstAlign.from_pretrained])
+@pytest.mark.parametrize("path", ["runs/missing", "missing", "a/b/c", "./missing", "~/missing", "../missing", "missing/"])
+def test_a_path_that_does_not_exist_is_an_error_without_network(tmp_path, monkeypatch, hub, path, load):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(FileNotFoundError) as caught:
+        load(path)
+    assert_one_clear_line(caught.value, f"no folder {path}; the hub is asked for owner/name, if owner is no folder here.")
+    assert not hub
+
+
+@pytest.mark.parametrize("load", [load_model, InstAlign.from_pretrained])
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path, monkeypatch, hub, load):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        load("owner/name", revision="v1", token="t")
+    assert_one_clear_line(caught.value, "and the hub gave no config.json for it (it cannot be reached and no copy is kept).")
+    question, download = hub
+    assert question[0] == "HEAD"
+    assert download == ("owner/name/config.json", {"revision": "v1", "token": "t", "local_files_only": True})
+
+
+def test_a_copy_of_the_hubs_files_gives_the_model(saved, tmp_path, monkeypatch, hub, model):
+    monkeypatch.chdir(tmp_path)
+    for module in (base, hub_mixin):
+        monkeypatch.setattr(
+            module, "hf_hub_download", lambda *place, **options: str(saved / (place[1:] or [options["filename"]])[0])
+        )
+    monkeypatch.setattr(base, "_saved_tokenizer", lambda model_id, hub, built: built)
+    again = load_model("owner/name")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_offline_mode_is_respected(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # tests run offline; without that, no_network would fail this one
+    with pytest.raises(FileNotFoundError) as caught:
+        load_model("owner/name", cache_dir=str(tmp_path))
+    assert_one_clear_line(caught.value, "load_model: no folder owner/name, and the hub gave no config.json for it (")
 
 
 def test_a_folder_without_the_dataset_shows_the_expected_layout(tmp_path):

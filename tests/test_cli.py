@@ -142,6 +142,24 @@ def test_env_names_versions(capsys):
     assert "\nTriton: " in printed
 
 
+def test_env_says_where_kernels_run(capsys, monkeypatch):
+    from gresbox.ops import _backend
+
+    for name in ("TRITON_INTERPRET", "GRESBOX_DISABLE_TRITON"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(_backend, "_TRITON", (3, 6))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    find_spec = _backend.importlib.util.find_spec
+    monkeypatch.setattr(
+        _backend.importlib.util, "find_spec", lambda name: "found" if name in _backend.ADAPTERS else find_spec(name)
+    )
+    assert cli.main(["env"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "Triton: not used, there is no CUDA device here" in printed
+    assert "backend='deformops': usable on CUDA" in printed
+    assert "backend='torch_linear_assignment': usable on the CPU and on CUDA" in printed
+
+
 def test_help_is_quick_and_names_defaults_and_units():
     program = "import sys; from gresbox.cli import main\ntry: main(sys.argv[1:])\nfinally: print('torch' in sys.modules)"
     command = [sys.executable, "-X", "importtime", "-c", program, "train", "--help"]

@@ -43,7 +43,7 @@ def _env(args: argparse.Namespace) -> None:
     import torch
 
     from gresbox import __version__
-    from gresbox.ops._backend import ADAPTERS, why_not_adapter, why_not_triton
+    from gresbox.ops._backend import ADAPTER_DEVICES, why_not_adapter, why_not_triton
 
     print(f"gresbox {__version__}, Python {platform.python_version()}, {platform.platform()}")
     names = "torch torchvision numpy scipy timm transformers tokenizers torchmetrics safetensors huggingface_hub accelerate"
@@ -53,13 +53,14 @@ def _env(args: argparse.Namespace) -> None:
         except PackageNotFoundError:
             print(f"{name:<16} not installed")
     print(f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads")
-    for index in range(torch.cuda.device_count()):
+    devices = range(torch.cuda.device_count())
+    for index in devices:
         print(f"GPU {index}: {torch.cuda.get_device_name(index)}, CUDA {torch.version.cuda}")
-    reason = why_not_triton(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu"))
+    reason = why_not_triton(*(torch.empty(0, device=index) for index in devices[:1]))
     print("Triton: " + ("usable" if reason is None else f"not used, {reason}"))
-    for name in ADAPTERS:
+    for name, where in ADAPTER_DEVICES.items():
         missing = why_not_adapter(name)
-        print(f"backend={name!r}: " + ("usable on CUDA" if missing is None else missing))
+        print(f"backend={name!r}: " + (f"usable {where}" if missing is None else missing))
 
 
 def _count(module: Any) -> int:

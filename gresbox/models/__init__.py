@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 from typing import Any
 
-from gresbox.models.base import GresModel, read_config
+from gresbox.models.base import HUB_OPTIONS, GresModel, read_config
 from gresbox.models.beit3 import Beit3Config, Beit3Encoder, beit3_tokenizer
 from gresbox.models.caris import CARIS_SWIN_BASE, CARIS_TINY, Caris, CarisConfig, PromptedTextEncoder
 from gresbox.models.encoders import ImageEncoder, ImageEncoderConfig, TextEncoder, TextEncoderConfig
@@ -112,8 +112,11 @@ def list_models(pattern: str = "*") -> list[str]:
 def load_model(path: str, **options: Any) -> Any:
     """Load a saved model of whatever class its config.json names.
 
+    A path that does not exist is an error at once, without network. Only what reads as a hub id is asked for there: ``owner/name``,
+    and no folder ``owner`` here; ``HF_HUB_OFFLINE=1`` is respected.
+
     Args:
-        path: A folder that ``save_pretrained`` wrote, or a Hugging Face hub id.
+        path: A folder that ``save_pretrained`` wrote, or a Hugging Face hub id ``owner/name``.
         **options: Passed to ``from_pretrained``: parts that were swapped by hand (``decoder=...``), ``map_location``.
 
     Returns:
@@ -123,7 +126,8 @@ def load_model(path: str, **options: Any) -> Any:
         FileNotFoundError: If there is no such folder or repository.
         ValueError: If a file cannot be read, does not fit, or a swapped part is missing.
     """
-    wanted = read_config(str(path))["model_class"]
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    wanted = read_config(str(path), **hub)["model_class"]
     classes = {model_class.__name__: model_class for model_class, _ in MODELS.values()}
     if wanted not in classes:
         raise ValueError(f"load_model: `model_class` in config.json must be one of {', '.join(classes)}, got {wanted!r}.")

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from gresbox._checks import check_choice
 
-__all__ = ["ADAPTERS", "OLDEST_TRITON", "has_triton", "use_triton", "why_not_adapter", "why_not_triton"]
+__all__ = ["ADAPTERS", "ADAPTER_DEVICES", "OLDEST_TRITON", "has_triton", "use_triton", "why_not_adapter", "why_not_triton"]
 
 OLDEST_TRITON = (3, 6)  # older ones abort the process, or spill, on some kernels
 
 ADAPTERS = {"deformops": "deformops", "torch_linear_assignment": "torch-linear-assignment"}
 """Other people's kernels that can be asked for by name, and the packages that bring them."""
+
+ADAPTER_DEVICES = {"deformops": "on CUDA", "torch_linear_assignment": "on the CPU and on CUDA"}
+"""Where they run."""
 
 
 def _triton_version() -> tuple[int, int] | None:
@@ -45,7 +48,7 @@ def why_not_triton(*tensors: Tensor) -> str | None:
     them run on the CPU.
 
     Args:
-        *tensors: The op's inputs.
+        *tensors: The op's inputs; none where there is no device to put any on.
     """
     if _TRITON is None:
         return "Triton is not installed"
@@ -57,7 +60,9 @@ def why_not_triton(*tensors: Tensor) -> str | None:
         return "some input is float64 and kernels compute in float32"
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         return None
-    if tensors and all(tensor.is_cuda and tensor.device == tensors[0].device for tensor in tensors):
+    if not tensors:
+        return "there is no CUDA device here"
+    if all(tensor.is_cuda and tensor.device == tensors[0].device for tensor in tensors):
         # What is compiled asks again when it runs.
         return None if torch.compiler.is_compiling() else _why_not_device(tensors[0].device.index)
     devices = sorted({str(tensor.device) for tensor in tensors})

@@ -23,6 +23,8 @@ def test_every_reason_against_triton(monkeypatch):
     monkeypatch.setattr(_backend, "_TRITON", (3, 6))
     assert _backend.why_not_triton(on_cpu) == "inputs are on cpu, not on one CUDA device"
     assert _backend.why_not_triton(on_cpu, on_cpu.to("meta")) == "inputs are on cpu and meta, not on one CUDA device"
+    assert _backend.why_not_triton() == "there is no CUDA device here"
+    assert set(_backend.ADAPTER_DEVICES) == set(_backend.ADAPTERS)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _backend.why_not_triton(on_cpu) is None
     assert _backend.why_not_triton(on_cpu.double()) == "some input is float64 and kernels compute in float32"
