@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, hf_hub_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, hf_hub_download
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -250,7 +247,8 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
             ValueError: If a file cannot be read, does not fit, or a swapped part is missing.
         """
         model_id = str(pretrained_model_name_or_path)
-        find_file(model_id, CONFIG_FILE, **{key: options[key] for key in HUB_OPTIONS if key in options})  # the base would retry
+        # The base class would ask the hub for any name.
+        find_file(model_id, CONFIG_FILE, **{key: options[key] for key in HUB_OPTIONS if key in options})
         return super().from_pretrained(model_id, **options)
 
     @classmethod
@@ -325,8 +323,7 @@ class GresModel(nn.Module, PyTorchModelHubMixin, library_name="gresbox", tags=["
 def find_file(model_id: str, name: str, **hub: Any) -> str:
     """Path of a model's file: in a folder, or from the Hugging Face hub.
 
-    The hub is asked for ids of the form owner/name alone, and not where ``owner`` is a folder here: then it is a path. Where the
-    hub does not answer, a copy from an earlier call serves.
+    The hub is asked for ids of the form owner/name alone, and not where ``owner`` is a folder here: then it is a path.
 
     Raises:
         FileNotFoundError: If the folder has no such file, or there is neither a folder nor a hub repository of that name.
@@ -339,27 +336,11 @@ def find_file(model_id: str, name: str, **hub: Any) -> str:
     owner, _, repository = model_id.partition("/")
     if not owner or not repository or "/" in repository or owner.startswith((".", "~")) or os.path.isdir(owner):
         raise FileNotFoundError(f"load_model: no folder {model_id}; the hub is asked for owner/name, if owner is no folder here.")
-    silent = _is_silent(**hub)
     try:
-        return hf_hub_download(model_id, name, **(hub | {"local_files_only": True} if silent else hub))
+        return hf_hub_download(model_id, name, **hub)
     except (OSError, ValueError) as error:
-        reason = "it cannot be reached and no copy is kept" if silent else " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise FileNotFoundError(f"load_model: no folder {model_id}, and the hub gave no {name} for it ({reason}).") from error
-
-
-def _is_silent(*, local_files_only: bool = False, **others: Any) -> bool:
-    """Whether the hub cannot be reached: one question, where a download without a copy would ask six times."""
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        return False
-    except urllib.error.URLError as error:
-        return not isinstance(error.reason, ssl.SSLError)  # certificates are the download's own affair
-    except OSError:
-        return True
-    return False
 
 
 def read_config(model_id: str, **hub: Any) -> dict[str, Any]:
