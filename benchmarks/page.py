@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from benchmarks.harness import DEFAULT_DTYPES, Target, is_ours
-from benchmarks.results import OLD, OLD_COUNT, RESULTS, ROOT, File, Group, is_wrong, key_of, mark_of, memory_of, read_all
+from benchmarks.results import RESULTS, ROOT, File, Group, is_wrong, key_of, read_all
 from benchmarks.run import KINDS, modules_of
 from gresbox import __version__
 from gresbox._files import write_atomically
@@ -72,18 +72,10 @@ are those of trials beside these files.
 """
 
 
-OLD_MEMORY = f"""\
-{OLD}: counted in the old way, the largest sum of allocations less all results, also those that were not there yet at that moment,
-such as final gradients. It is too small by up to their size, and not to be compared with values without this mark.
-"""
-
-
 def render(files: Files, modules: dict[str, dict[str, ModuleType]], out: Path = DOCS) -> str:
     """The page ``benchmarks.md``, with the plots that are in the folder it goes to."""
     devices = sorted({"cpu", *(device for _, device in files)}, key=lambda device: (device != "cpu", device))
-    old = any(OLD_COUNT in row for content in files.values() for group in content["groups"] for row in group["rows"])
-    head = f"{HEAD}\n{OLD_MEMORY}" if old else HEAD
-    parts = [head, "## Where\n", *_environments(files, devices), "## Targets\n", *_targets(files, modules, devices)]
+    parts = [HEAD, "## Where\n", *_environments(files, devices), "## Targets\n", *_targets(files, modules, devices)]
     for device in devices:
         for name, title in (("ratios", "Ratios to the peers"), ("roofline", "Rooflines"), ("memory", "Memory")):
             picture = out / "_static" / f"benchmarks_{name}--{device}.png"
@@ -200,8 +192,8 @@ def _findings(target: Target, band: float, row: dict[str, Any], peer: dict[str, 
         else:
             yield judge(ratio >= target.at_least), f"{ratio:.2f}x"
     if target.memory_at_most is not None and peer is not None:
-        share = (memory_of(row) or 0) / max(memory_of(peer) or 0, 1)
-        yield judge(share <= target.memory_at_most), f"memory {share:.2f}x{mark_of(row)}"
+        share = (row["working_bytes"] or 0) / max(peer["working_bytes"] or 0, 1)
+        yield judge(share <= target.memory_at_most), f"memory {share:.2f}x"
     if target.microseconds_at_most is not None:
         took = 1e3 * (row["graph_ms"] if target.clock == "graph" and row["graph_ms"] else row["ms"])
         yield judge(took <= target.microseconds_at_most), f"{took:.0f} µs"
@@ -256,8 +248,8 @@ def _table_of(content: File, module: ModuleType | None) -> Iterator[str]:
                 if graphs:
                     share = "" if row["roofline"] is None else percent(row["roofline"])
                     start += ["" if row["graph_ms"] is None else number(row["graph_ms"]), share]
-                held, stars = memory_of(row), "**" if is_wrong(row) else ""
-                start += ["" if held is None else memory(held) + mark_of(row), f"{stars}{_error(row):.0e}{stars}"]
+                held, stars = row["working_bytes"], "**" if is_wrong(row) else ""
+                start += ["" if held is None else memory(held), f"{stars}{_error(row):.0e}{stars}"]
                 for peer in peers:
                     same = _same_form(module, content, group, row["form"], peer)
                     start.append(SAME if same else against(group, row, peer))
@@ -316,8 +308,6 @@ def filled(text: str, files: Files, modules: Mapping[str, ModuleType] | None = N
     def block(match: re.Match[str]) -> str:
         names = match[2].split()
         tables = [line for name in names for line in _tables(files, name, (modules or {}).get(name), devices)]
-        if any(OLD in line for line in tables):
-            tables.append(OLD_MEMORY)
         return match[1] + "\n" + "\n".join(tables) + "\n" + match[3]
 
     return BLOCK.sub(block, text)

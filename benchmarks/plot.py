@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from benchmarks.results import File, Group, mark_of, memory_of
+from benchmarks.results import File, Group
 
 Files = dict[tuple[str, str], File]
 OURS = "gresbox"
@@ -77,11 +77,11 @@ def _memory(groups: list[tuple[str, Group, dict[str, float]]], device: str) -> A
 def _memory_shares(groups: list[tuple[str, Group, dict[str, float]]]) -> Iterator[tuple[str, str, float]]:
     for what, group, _ in groups:
         row = _ours(group)
-        held = None if row is None else memory_of(row)
+        held = None if row is None else row["working_bytes"]
         for peer in group["rows"] if held else ():
-            most = memory_of(peer)
+            most = peer["working_bytes"]
             if held and most and not peer["form"].startswith(OURS):
-                label = f"{what}, {group['case']}, {group['dtype']}: {peer['form']}{mark_of(peer)}"
+                label = f"{what}, {group['case']}, {group['dtype']}: {peer['form']}"
                 yield label, group["direction"], held / most
 
 

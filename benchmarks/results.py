@@ -89,9 +89,8 @@ ROW: Kinds = {
     "right": bool,
     "differs": str,
     "roofline": _OPTIONAL_NUMBER,
+    "working_bytes": (int, type(None)),
 }
-OLD = "†"
-WORKING, OLD_COUNT = "working_bytes", "extra_bytes"  # a row has one; the old: the peak, less all results, there by then or not
 RATIO: Kinds = {"ratio": (int, float), "low": (int, float), "high": (int, float)}
 
 
@@ -232,16 +231,6 @@ def key_of(group: Group) -> tuple[str, str, str]:
     return group["case"], group["dtype"], group["direction"]
 
 
-def memory_of(row: Mapping[str, Any]) -> int | None:
-    """Bytes, in the count that the row has; rows of one group have the same."""
-    return row[OLD_COUNT if OLD_COUNT in row else WORKING]
-
-
-def mark_of(row: Mapping[str, Any]) -> str:
-    """What stands after a memory that is counted in the old way."""
-    return f" {OLD}" if OLD_COUNT in row else ""
-
-
 def is_wrong(row: Mapping[str, Any]) -> bool:
     """Whether the error is too large for a form that is meant to give the reference's result."""
     return not row["right"] and not row["differs"]
@@ -287,8 +276,7 @@ def problems_of(content: File) -> Iterator[str]:
 
 def _row_problems(row: dict[str, Any], where: str, direction: object) -> Iterator[str]:
     extra = {"wall_ratios": dict, "graph_ratios": dict} if str(row.get("form")).startswith("gresbox") else {}
-    memory: Kinds = {OLD_COUNT if OLD_COUNT in row else WORKING: (int, type(None))}
-    yield from _kinds(row, {**ROW, **memory, **extra}, where)
+    yield from _kinds(row, {**ROW, **extra}, where)
     if direction != "forward" and not isinstance(row.get("error_gradients"), int | float):
         yield f"{where}: the gradients have no error"
     for clock in extra:

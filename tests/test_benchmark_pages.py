@@ -109,7 +109,7 @@ def test_peers_that_run_our_code_are_no_measure_of_the_machine(form, with_peer, 
 
 
 def test_what_is_gone_wrong_or_larger_fails(with_peer, told_of):
-    gone, wrong, meant, larger, other = (copy.deepcopy(with_peer) for _ in range(5))
+    gone, wrong, meant, larger = (copy.deepcopy(with_peer) for _ in range(4))
     del gone["groups"][0]
     gone["groups"][0]["rows"].pop(0)
     code, told = told_of(gone)
@@ -125,9 +125,6 @@ def test_what_is_gone_wrong_or_larger_fails(with_peer, told_of):
     code, told = told_of(larger)
     assert code == 1
     assert "LARGER: square: small, float32, forward: gresbox: 1.00 MB of memory, 0.02 MB before" in told
-    for row in rows_of(other):
-        row["extra_bytes"] = None if row.pop("working_bytes") is None else 1 << 20
-    assert told_of(other)[0] == 0  # counted in another way
 
 
 def test_environments_that_differ_are_named(with_peer, told_of):
@@ -191,9 +188,7 @@ def test_verdicts_are_read_from_the_files(measured):
     assert verdict(at_least=1.0, clock="graph") == "not run: no time for this clock"
     ours["working_bytes"], peer["working_bytes"] = 10, 100
     assert verdict(at_least=1.4, memory_at_most=0.2) == "met: 1.50x, memory 0.10x"
-    for row in (ours, peer):
-        row["extra_bytes"] = row.pop("working_bytes")
-    assert verdict(memory_at_most=0.05) == "**missed**: memory 0.10x †"
+    assert verdict(memory_at_most=0.05) == "**missed**: memory 0.10x"
     peer.update(right=False, error_gradients=0.5)
     assert verdict(at_least=1.4) == "not judged: eager is wrong, error 5.0e-01"
     ours["right"] = False
@@ -241,22 +236,6 @@ def test_wrong_peers_and_shares_above_the_roof_are_named(measured):
     assert page.percent(0.5) == "50 %"
 
 
-def test_memory_counted_in_the_old_way_is_marked_and_explained(measured):
-    content = results.read(measured)
-    modules = {"ops": {"square": square_module()}}
-    new = page.render({("square", "cpu"): content}, modules)
-    assert page.OLD not in new
-    for row in rows_of(content):
-        row["extra_bytes"] = row.pop("working_bytes")
-    assert not list(results.problems_of(content))
-    for old in (
-        page.render({("square", "cpu"): content}, modules),
-        page.filled("<!-- benchmarks: square -->\n<!-- end -->", {("square", "cpu"): content}),
-    ):
-        assert page.OLD_MEMORY in old
-        assert "kB † |" in old
-
-
 def test_where_names_the_files_that_were_measured_otherwise(measured):
     content = results.read(measured)
     one = copy.deepcopy(content)
@@ -298,8 +277,8 @@ def test_plots_are_drawn(measured):
     assert {path.name for path in drawn} >= {"benchmarks_ratios--cpu.png", "benchmarks_roofline--cpu.png"}
     content = results.read(measured)
     for row in rows_of(content):
-        row["extra_bytes"] = 0 if row.pop("working_bytes") is None else 2 if row["form"] == "gresbox" else 4
-    bars = [("square, small, float32: eager †", name, 0.5) for name in ("forward", "forward+backward")]
+        row["working_bytes"] = 0 if row["working_bytes"] is None else 2 if row["form"] == "gresbox" else 4
+    bars = [("square, small, float32: eager", name, 0.5) for name in ("forward", "forward+backward")]
     assert list(plot._memory_shares([("square", group, CEILINGS) for group in content["groups"]])) == bars
     found = plot.best_ceilings([{"copy_bytes": 1.0, "launch_seconds": 1.0}, {"copy_bytes": 2.0, "launch_seconds": 2.0}])
     assert found == {"copy_bytes": 2.0, "launch_seconds": 1.0}

@@ -433,7 +433,7 @@ def test_a_row_without_an_error_is_refused(measured):
         (lambda c: c.update(schema=0), "schema must be 1"),
         (lambda c: c["groups"][0]["rows"][0]["wall_ratios"]["eager"].pop("low"), "low is missing"),
         (lambda c: c["groups"][0]["rows"][0].pop("working_bytes"), "working_bytes is missing"),
-        (lambda c: c["groups"][0]["rows"][0].update(extra_bytes=1), "working_bytes is unknown"),
+        (lambda c: c["groups"][0]["rows"][0].update(extra_bytes=1), "extra_bytes is unknown"),
     ],
 )
 def test_what_is_no_valid_file(measured, change, message):
