@@ -192,7 +192,7 @@ def _findings(target: Target, band: float, row: dict[str, Any], peer: dict[str, 
         else:
             yield judge(ratio >= target.at_least), f"{ratio:.2f}x"
     if target.memory_at_most is not None and peer is not None:
-        share = (row["working_bytes"] or 0) / max(peer["working_bytes"] or 0, 1)
+        share = row["working_bytes"] / max(peer["working_bytes"], 1)  # a target for memory is never one of "backward" alone
         yield judge(share <= target.memory_at_most), f"memory {share:.2f}x"
     if target.microseconds_at_most is not None:
         took = 1e3 * (row["graph_ms"] if target.clock == "graph" and row["graph_ms"] else row["ms"])

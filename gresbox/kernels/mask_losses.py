@@ -391,10 +391,10 @@ def _scale_of(grad_bce: Tensor, grad_dice: Tensor, area: int) -> Tensor:
     """A power of two for the gradients of losses, so that float16 keeps the digits of the logits', thousands of times smaller.
 
     A loss shares its gradient out among ``area`` pixels. With at most 1 for each, and at most 2^10 for all of them, products with
-    pixels and rows below 32 stay within float16.
+    pixels and rows below 32 stay within float16. It is a number of float16 itself, as CUDA divides by it in that dtype.
     """
     largest = torch.maximum(grad_bce.abs().amax(), grad_dice.abs().amax())
-    return torch.exp2(torch.floor(min(10.0, math.log2(area)) - torch.log2(largest))).clamp(2.0**-60, 2.0**60)
+    return torch.exp2(torch.floor(min(10.0, math.log2(area)) - torch.log2(largest))).clamp(2.0**-14, 2.0**15)
 
 
 def compilations(arch: str) -> dict[str, Launch]:

@@ -152,9 +152,12 @@ def matched_mask_losses(
 
 def _check_matches(who: str, matches: Tensor, count: int) -> None:
     if matches.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{who}: `matches` must be int64, got {matches.dtype}.")
+        raise TypeError(f"{who}: `matches` must be int64 or int32, got {matches.dtype}.")
     if _has_numbers(matches) and matches.numel():
-        low, high = (bound.item() for bound in matches.aminmax())
+        try:
+            low, high = (bound.item() for bound in matches.aminmax())
+        except RuntimeError:  # under torch.func.vmap they have none
+            return
         if low < -1 or high >= count:
             raise ValueError(f"{who}: `matches` must be in [-1, N) with N={count}, got {low} to {high}.")
 

@@ -94,6 +94,14 @@ def test_float16_keeps_the_digits_of_small_gradients(weight):
         assert relative_error(got, want.half()) <= (2e-3 if weight >= 1 else 2e-2)  # below, the result's own dtype rounds
 
 
+@pytest.mark.parametrize("largest", [0.0, 1e-9, 1e-3, 1.0, 1e6, 1e30, math.inf])
+def test_the_scale_is_a_number_of_float16(largest):
+    """CUDA rounds the divisor to the dtype of what it divides; the CPU, where these tests run, does not."""
+    scale = mask_losses._scale_of(torch.tensor([0.0, -largest]), torch.zeros(2), 2000)
+    assert scale.half().double() == scale.double()
+    assert math.frexp(scale.item())[0] == 0.5
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_mixed_dtypes(dtype):
     queries, pixels, targets, matches = scene()

@@ -261,6 +261,15 @@ def test_it_compiles_without_a_look_at_the_matches():
     torch.testing.assert_close(compiled(queries, pixels, matches), total(queries, pixels, matches))
 
 
+def test_matches_may_be_batched_by_torch_func():
+    queries, pixels, targets = torch.randn(1, 2, 4, 3), torch.randn(2, 3, 5, 6), torch.rand(2, 2, 5, 6)
+    matches = torch.tensor([[[[0, 1], [2, -1]]], [[[3, 2], [-1, 0]]]])
+    found = torch.func.vmap(lambda each: matched_mask_losses(queries, pixels, targets, each))(matches)
+    one_by_one = [matched_mask_losses(queries, pixels, targets, each) for each in matches]
+    wanted = [torch.stack(losses) for losses in zip(*one_by_one, strict=True)]
+    torch.testing.assert_close(list(found), wanted)
+
+
 def test_errors_of_matched_losses():
     queries, pixels, targets, matches = scene()
     with pytest.raises(ValueError, match=r"^matched_mask_losses: `targets` must be \(B, M, H, W\) with W=7, got \(2, 4, 5, 6\)\.$"):
