@@ -180,7 +180,10 @@ TYPES = {
         lambda: compare(torch.zeros(1, 2, 3, dtype=torch.int64), dtype=torch.int64),
         f"matched_mask_losses: {FLOATING}torch.int64.",
     ),
-    "matches as fractions": (lambda: compare(rand(1, 2, 3)), "matched_mask_losses: `matches` must be int64, got torch.float32."),
+    "matches as fractions": (
+        lambda: compare(rand(1, 2, 3)),
+        "matched_mask_losses: `matches` must be int64 or int32, got torch.float32.",
+    ),
     "a word as a number": (
         lambda: overlay(PICTURE, torch.ones(40, 50, dtype=torch.bool), opacity="half"),  # type: ignore[arg-type]
         "overlay: `opacity` must be a number, got 'half'.",
