@@ -116,7 +116,7 @@ def matched_mask_losses(
         - returns two ``(S, B, M)``: bce and dice; 0, without gradient, where there is no match.
 
     Raises:
-        TypeError: If ``queries``, ``pixels`` or ``dtype`` is not floating-point, or ``matches`` are no integers.
+        TypeError: If ``queries``, ``pixels`` or ``dtype`` is not floating-point, or ``matches`` are not int64.
         ValueError: If a shape does not fit, or on the CPU a match is out of range; on CUDA that would wait for the device.
         RuntimeError: If ``backend`` is not possible here.
 
@@ -151,8 +151,8 @@ def matched_mask_losses(
 
 
 def _check_matches(who: str, matches: Tensor, count: int) -> None:
-    if matches.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{who}: `matches` must be int64 or int32, got {matches.dtype}.")
+    if matches.dtype != torch.int64:
+        raise TypeError(f"{who}: `matches` must be int64, got {matches.dtype}.")
     if _has_numbers(matches) and matches.numel():
         try:
             low, high = (bound.item() for bound in matches.aminmax())
