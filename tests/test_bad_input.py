@@ -182,7 +182,7 @@ TYPES = {
     ),
     "matches as fractions": (
         lambda: compare(rand(1, 2, 3)),
-        "matched_mask_losses: `matches` must be int64 or int32, got torch.float32.",
+        "matched_mask_losses: `matches` must be int64, got torch.float32.",
     ),
     "a word as a number": (
         lambda: overlay(PICTURE, torch.ones(40, 50, dtype=torch.bool), opacity="half"),  # type: ignore[arg-type]
