@@ -70,6 +70,27 @@ def need_interpreter() -> None:
 
 
 @pytest.fixture
+def float16_error() -> Callable[..., float]:
+    """Error of the gradients of ``matched_mask_losses`` in float16, of embeddings or pixels, for losses of some weight."""
+    import torch
+
+    from gresbox.ops import matched_mask_losses
+    from gresbox.testing import relative_error
+
+    def error(queries, pixels, targets, matches, weight):
+        leaves = [leaf.half().requires_grad_() for leaf in (queries, pixels)]
+        exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+
+        def gradients(inputs):
+            losses = torch.stack(matched_mask_losses(*inputs, targets, matches, dtype=torch.float32)).float()
+            return torch.autograd.grad(losses.sum() * weight, inputs)
+
+        return max(relative_error(got, want.half()) for got, want in zip(gradients(leaves), gradients(exact), strict=True))
+
+    return error
+
+
+@pytest.fixture
 def run_interpreted() -> Callable[..., None]:
     """Run ``interpreted_NAME.py`` and show what failed."""
     need_interpreter()
