@@ -70,7 +70,10 @@ def _memory(groups: list[tuple[str, Group, dict[str, float]]], device: str) -> A
     figure, axes = pyplot.subplots(figsize=(9, 0.22 * len(bars) + 1))
     for place, (_, direction, share) in enumerate(bars):
         axes.barh(place, share - 1, left=1, color=COLOURS[direction], height=0.75)
-    _finish(axes, [label for label, _, _ in bars], f"our memory over the peer's on {device}; left of 1 ours is smaller")
+    _finish(
+        axes, [label for label, _, _ in bars], f"our memory over the peer's on {device}, cut off at 0.01; left of 1 ours is smaller"
+    )
+    axes.set_xlim(left=1e-2)  # next to nothing would make all others hard to tell apart
     return figure
 
 
